@@ -1,0 +1,196 @@
+"""What Jupyter Book does not do by itself: no foreign scripts, no dead links, generated pages, accessible theme."""
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from statistics import mean, stdev
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "segedu.classic.js"
+
+# Repairs of the theme's pages. Icons come from its web font, so its 1.5 MB script with all icons can go; so can the
+# settings of thebe. Axe fails two rules: label-content-name-mismatch and region (content outside of landmarks).
+REPAIRS = [
+    (r'\s*<script[^>]*src="[^"]*fontawesome\.js[^"]*"></script>', ""),
+    (r'\s*<script type="text/x-thebe-config">.*?</script>\s*<script>kernelName[^<]*</script>', ""),
+    (r'(<button[^>]*class="[^"]*search-button[^"]*"[^>]*) aria-label="[^"]*"', r"\1"),
+    (r'(<button[^>]*class="[^"]*theme-switch-button[^"]*"[^>]*) aria-label="[^"]*"', r"\1"),
+]
+
+
+def drop_links_without_address(app, config):
+    if not config.html_theme_options.get("repository_url"):
+        config.html_theme_options["launch_buttons"] = {}
+
+
+def own_scripts_only(app, pagename, templatename, context, doctree):
+    """Leaves out thebe (it would be fetched from a CDN), scripts listed twice, and MathJax where there is no maths."""
+    seen = set() if 'class="math' in context.get("body", "") else {"_static/" + app.config.mathjax_path}
+
+    def wanted(script):
+        name = str(getattr(script, "filename", script))
+        key = name or str(getattr(script, "attributes", ""))
+        if "thebe" in key.lower() or key in seen:
+            return False
+        seen.add(key)
+        return True
+
+    context["script_files"] = [script for script in context["script_files"] if wanted(script)]
+    context["css_files"] = [css for css in context["css_files"] if "thebe" not in str(getattr(css, "filename", css))]
+
+
+def classic(module: str) -> str:
+    """An ES module as a plain script: module scripts do not load from file://."""
+    body = re.sub(r"^export default\b", "const _module =", module, flags=re.M)
+    body = re.sub(r"^export \{[^}]*\};?$", "", body, flags=re.M)
+    body = re.sub(r"^export ", "", body, flags=re.M)
+    return "(() => {\n" + body + "\n})();\n"
+
+
+def copy_scripts(app, error):
+    if error:
+        return
+    out = Path(app.outdir)
+    module = (ROOT / "segedu/static/segedu.js").read_text()
+    (out / "_static" / SCRIPT).write_text(classic(module))
+    mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+    (out / "_static/mathjax").mkdir(exist_ok=True)
+    shutil.copy(mathjax / "tex-chtml.js", out / "_static/mathjax")
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(mathjax / fonts, out / "_static/mathjax" / fonts, dirs_exist_ok=True)
+    root = app.config.root_doc
+    (out / "index.html").write_text(
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{app.config.project}</title>'
+        f'<link rel="icon" href="_static/favicon.svg"><meta http-equiv="refresh" content="0; url={root}.html"></head>'
+        f'<body><main><h1>{app.config.project}</h1><a href="{root}.html">Open the book</a></main></body></html>\n'
+    )
+
+
+def repair_pages(app, error):
+    if error:
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text()
+        for pattern, replacement in REPAIRS:
+            text = re.sub(pattern, replacement, text, flags=re.S)
+        page.write_text(text)
+
+
+class Generated(SphinxDirective):
+    """A page part that is written in Markdown by a function of the repository's files."""
+
+    def run(self):
+        node = nodes.container()
+        self.state.nested_parse(StringList(self.markdown()), self.content_offset, node)
+        return node.children
+
+
+def spread(values: list[float]) -> str:
+    text = f"{100 * mean(values):.1f}"
+    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
+
+
+class Ledger(Generated):
+    """All recorded runs of results/*.json, one row for the runs that differ in the seed only."""
+
+    def markdown(self):
+        groups = {}
+        for path in sorted((ROOT / "results").glob("*.json")):
+            self.env.note_dependency(str(path))
+            run = json.loads(path.read_text())
+            same = [run[key] for key in ("chapter", "model", "arguments", "data", "scale", "recipe", "device")]
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        if not groups:
+            return ["No run is recorded yet."]
+        lines = [
+            "| chapter | model | data | scale | seeds | mean IoU % | pixel acc. % | boundary F1 % | minutes | commit |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for runs in groups.values():
+            first = runs[0]
+            arguments = ", ".join(f"{key}={value}" for key, value in first["arguments"].items())
+            scores = [
+                spread([run["scores"][key] for run in runs if run["scores"].get(key) is not None] or [float("nan")])
+                for key in ("miou", "pixel_accuracy", "boundary_f1")
+            ]
+            cells = [
+                first["chapter"],
+                f"`{first['model']}({arguments})`",
+                str(first["data"]),
+                first["scale"],
+                ", ".join(str(run["seed"]) for run in runs),
+                *scores,
+                f"{mean(run['seconds'] for run in runs) / 60:.1f}",
+                ", ".join(sorted({str(run["git"])[:7] for run in runs})),
+            ]
+            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        return lines
+
+
+def signature(node: ast.AST) -> str:
+    if isinstance(node, ast.ClassDef):
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init is None:  # a dataclass: its fields
+            fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
+            return f"{node.name}({', '.join(fields)})"
+        arguments = re.sub(r"^self(, )?", "", ast.unparse(init.args))
+        return f"{node.name}({arguments})"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{node.name}({ast.unparse(node.args)}){returns}"
+
+
+class Api(SphinxDirective):
+    """Signatures and docstrings of all public functions and classes, read from the source without importing it."""
+
+    def run(self):
+        sections = []
+        for path in sorted((ROOT / "segedu").rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            self.env.note_dependency(str(path))
+            tree = ast.parse(path.read_text())
+            public = [
+                node
+                for node in tree.body
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and ast.get_docstring(node)
+            ]
+            if not public:
+                continue
+            section = self.section(module)
+            if ast.get_docstring(tree):
+                section += self.text(ast.get_docstring(tree))
+            for node in public:
+                entry = self.section(node.name, f"{module}.{node.name}")
+                code = nodes.literal_block(signature(node), signature(node), language="python")
+                entry += [code, self.text(ast.get_docstring(node))]
+                section += entry
+            sections.append(section)
+        return sections
+
+    def section(self, title, name=None):
+        section = nodes.section(ids=[nodes.make_id(name or title)], names=[name or title])
+        section += nodes.title("", "", nodes.literal("", title))
+        return section
+
+    def text(self, docstring):
+        escaped = docstring.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return nodes.raw("", f'<pre class="docstring">{escaped}</pre>', format="html")
+
+
+def setup(app):
+    app.connect("config-inited", drop_links_without_address, priority=900)
+    app.connect("html-page-context", own_scripts_only, priority=900)
+    app.connect("build-finished", copy_scripts, priority=100)
+    app.connect("build-finished", repair_pages, priority=900)
+    app.add_js_file(SCRIPT, loading_method="defer")
+    app.add_directive("ledger", Ledger)
+    app.add_directive("api", Api)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

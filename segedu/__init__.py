@@ -1,0 +1,15 @@
+"""segedu: the classic models of semantic segmentation, complete, small and tested, with the book that explains them."""
+
+from segedu import metrics, recipes
+from segedu.backbones import load_imagenet
+from segedu.data import CamVid, Toytown
+from segedu.features import record, summary
+from segedu.metrics import VOID, Scores
+from segedu.models.fcn import FCN
+from segedu.receptive import effective_field, receptive_field
+from segedu.training import evaluate, fit, predict
+
+__all__ = [
+    "FCN", "VOID", "CamVid", "Scores", "Toytown", "effective_field", "evaluate", "fit", "load_imagenet", "metrics",
+    "predict", "receptive_field", "recipes", "record", "summary",
+]  # fmt: skip

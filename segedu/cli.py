@@ -1,0 +1,134 @@
+"""segedu train | evaluate | predict | download: the book's main job from a shell."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from segedu import recipes
+from segedu.backbones import load_imagenet
+from segedu.checkpoint import load_checkpoint, read_checkpoint
+from segedu.data import CamVid, Toytown
+from segedu.models.fcn import FCN, sum_loss
+from segedu.training import as_image, evaluate, fit, pixel_loss, predict
+
+MODELS = {"fcn": FCN}
+DATA = {"toytown": Toytown, "camvid": CamVid}
+
+
+def setting(model: str, data: str, scale: str) -> tuple[dict, recipes.Recipe, bool]:
+    """Constructor arguments, recipe, and whether to start from ImageNet weights, for `segedu train`."""
+    if model == "fcn" and scale == "mini":
+        recipe = recipes.MINI_CAMVID if data == "camvid" else replace(recipes.MINI, steps=2000)
+        return {"stride": 8, "pad": 1, "width": 1 / 8}, recipe, False
+    if model == "fcn" and scale == "standard":
+        return {"stride": 8}, recipes.STANDARD, True
+    return {"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE, True
+
+
+def build(about: dict) -> nn.Module:
+    """The model that a checkpoint was written for."""
+    return MODELS[about["model"]](about["num_classes"], **about["arguments"])
+
+
+def train(args: argparse.Namespace) -> None:
+    arguments, recipe, pretrained = setting(args.model, args.data, args.scale)
+    if args.steps:
+        recipe = replace(recipe, steps=args.steps)
+    pictures, val = DATA[args.data]("train"), DATA[args.data]("val")
+    about = {"model": args.model, "arguments": arguments, "num_classes": len(pictures.classes), "data": args.data,
+             "scale": args.scale}  # fmt: skip
+    path = args.out or Path("runs") / f"{args.model}-{args.data}-{args.scale}-seed{args.seed}.safetensors"
+    torch.manual_seed(args.seed)
+    model = build(about)
+    if pretrained and not path.exists():
+        load_imagenet(model)
+    loss = sum_loss if args.scale == "paper" else pixel_loss
+    run = fit(model, pictures, recipe, val=val, seed=args.seed, loss=loss, checkpoint=path, about=about,
+              mixed_precision=args.mixed_precision, workers=args.workers)  # fmt: skip
+    print(f"{recipe.steps} steps in {run.seconds:.0f} s on {run.device}, last loss {np.mean(run.loss[-50:]):.3f}")
+    print(f"{args.data} val: mean IU {run.scores.miou:.3f}, boundary F1 {run.scores.boundary_f1:.3f}")
+    print(f"weights: {path}")
+
+
+def score(args: argparse.Namespace) -> None:
+    about = read_checkpoint(args.checkpoint)[0]["about"]
+    model = build(about)
+    load_checkpoint(args.checkpoint, model)
+    scores = evaluate(model, DATA[about["data"]](args.split), progress=True)
+    print(f"{args.checkpoint} on {about['data']} {args.split}")
+    print(scores)
+    if args.json:
+        args.json.write_text(json.dumps(scores.to_dict(), indent=1) + "\n")
+
+
+def paint(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    about = read_checkpoint(args.checkpoint)[0]["about"]
+    model = build(about)
+    load_checkpoint(args.checkpoint, model)
+    data = DATA[about["data"]]
+    image = as_image(args.image)
+    labels = predict(model, image)
+    colours = data.palette[labels].numpy()
+    photo = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+    out = args.out or Path()
+    out.mkdir(parents=True, exist_ok=True)
+    stem = Path(args.image).stem
+    Image.fromarray(labels.byte().numpy()).save(out / f"{stem}-mask.png")
+    Image.fromarray((photo * 0.5 + colours * 0.5).astype(np.uint8)).save(out / f"{stem}-overlay.png")
+    shares = torch.bincount(labels.flatten(), minlength=len(data.classes)) / labels.numel()
+    for share, name in sorted(zip(shares.tolist(), data.classes, strict=True), reverse=True):
+        if share:
+            print(f"{share:6.1%}  {name}")
+    print(f"labels {out / f'{stem}-mask.png'}, picture with classes {out / f'{stem}-overlay.png'}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("segedu", description="Train, score and use the models of the book.")
+    verbs = parser.add_subparsers(required=True, metavar="train | evaluate | predict | download")
+
+    verb = verbs.add_parser("train", help="train a model; the same call goes on where it was stopped")
+    verb.add_argument("model", choices=MODELS)
+    verb.add_argument("--data", choices=DATA, default="toytown")
+    verb.add_argument("--scale", choices=recipes.SCALES, default=recipes.current_scale())
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--steps", type=int, help="instead of the recipe's")
+    verb.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    verb.add_argument("--workers", type=int, default=0, help="processes that load pictures")
+    verb.add_argument("--out", type=Path, help="checkpoint; default runs/MODEL-DATA-SCALE-seedN.safetensors")
+    verb.set_defaults(call=train)
+
+    verb = verbs.add_parser("evaluate", help="print the scores of a checkpoint")
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("--split", choices=("train", "val", "test"), default="test")
+    verb.add_argument("--json", type=Path, help="write the scores to this file too")
+    verb.set_defaults(call=score)
+
+    verb = verbs.add_parser("predict", help="label a picture; writes NAME-mask.png and NAME-overlay.png")
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("image", type=Path)
+    verb.add_argument("--out", type=Path, help="folder; default: this one")
+    verb.set_defaults(call=paint)
+
+    verb = verbs.add_parser("download", help="fetch a data set")
+    verb.add_argument("data", choices=("camvid",))
+    verb.set_defaults(call=lambda args: print(f"CamVid is at {CamVid('train', download=True).root}"))
+
+    args = parser.parse_args(arguments)
+    try:
+        args.call(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"segedu: {error}")
+    except KeyboardInterrupt:
+        sys.exit("segedu: stopped; the same call goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Pieces that two or more papers share."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def scale(channels: Sequence[int], width: float) -> list[int]:
+    """The paper's channel counts times `width`, as multiples of 4 and at least 4. `width=1` is the paper."""
+    if not 0 < width <= 4:
+        raise ValueError(f"width must be above 0 and at most 4 (1 is the paper, 1/8 a laptop), got {width}")
+    return [c if width == 1 else max(4, round(c * width / 4) * 4) for c in channels]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in [0, 1] -> the same shape, centred as torchvision's ImageNet weights expect.
+
+    Raises:
+        TypeError: images are not floating point (0-255 integers, for example).
+        ValueError: images are not (N, 3, H, W).
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}; add the batch axis with image[None]")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; use images / 255")
+    mean = torch.tensor(IMAGENET_MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    return (images - mean) / std
+
+
+def crop(x: Tensor, offset: int, like: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C, H, W) of `like`, cut out at row and column `offset` (Caffe's Crop layer)."""
+    height, width = like.shape[-2:]
+    if offset + height > x.shape[-2] or offset + width > x.shape[-1]:
+        raise ValueError(f"cannot cut {height} x {width} at {offset} out of a map of {x.shape[-2]} x {x.shape[-1]}")
+    return x[..., offset : offset + height, offset : offset + width]
+
+
+def bilinear_kernel(size: int) -> Tensor:
+    """(size, size) bilinear interpolation weights, w(i, j) = (1 - |i - c| / f) (1 - |j - c| / f).
+
+    f = (size + 1) // 2 is the upsampling factor. The sum is f * f, and size = 2f is what FCN uses for factor f.
+    Source: the FCN release, surgery.py.
+    """
+    if size < 1:
+        raise ValueError(f"kernel size must be at least 1, got {size}")
+    factor = (size + 1) // 2
+    centre = factor - 1 if size % 2 else factor - 0.5
+    taps = 1 - (torch.arange(size) - centre).abs() / factor
+    return taps[:, None] * taps[None, :]
+
+
+class BilinearUpsampling(nn.Module):
+    """Transposed convolution with a fixed bilinear kernel, each class by itself. No learnable parameter.
+
+    Shape: (N, C, h, w) -> (N, C, (h - 1) stride + kernel, (w - 1) stride + kernel).
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        weight = bilinear_kernel(kernel).expand(channels, 1, kernel, kernel).clone()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight.to(x.dtype), stride=self.stride, groups=self.channels)
+
+
+def learned_upsampling(channels: int, kernel: int, stride: int, bias: bool = False) -> nn.ConvTranspose2d:
+    """A transposed convolution over all class pairs that starts as bilinear interpolation and may be trained.
+
+    Shape: as `BilinearUpsampling`. Learnable parameters: channels^2 kernel^2 (+ channels with bias).
+    """
+    layer = nn.ConvTranspose2d(channels, channels, kernel, stride, bias=bias)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[range(channels), range(channels)] = bilinear_kernel(kernel)
+        if bias:
+            layer.bias.zero_()
+    return layer

@@ -1,0 +1,70 @@
+"""Training recipes: frozen values, each with its source. A variant is `dataclasses.replace(recipe, lr=...)`."""
+
+import os
+from dataclasses import dataclass
+
+SCALES = ("mini", "standard", "paper")
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. Raises ValueError where a field makes no sense."""
+
+    steps: int                              # optimiser updates
+    batch: int                              # pictures per update, over all processes
+    lr: float                               # learning rate after the warm-up
+    optimizer: str = "sgd"                  # "sgd" or "adamw"
+    momentum: float = 0.9                   # of sgd
+    weight_decay: float = 0.0
+    bias_lr: float = 1.0                    # biases learn at lr * bias_lr, and without decay (Caffe's lr_mult: 2)
+    warmup: int = 0                         # steps of linear rise
+    power: float = 0.0                      # lr * (1 - step / steps) ** power; 0 keeps it constant
+    crop: tuple[int, int] | None = None     # (height, width) in pixels; None: the whole picture
+    scale: tuple[float, float] = (1.0, 1.0)  # random resizing, lowest and highest factor
+    flip: bool = False                      # mirror half of the pictures
+    source: str = ""                        # where these numbers stand
+
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.lr <= 0:
+            raise ValueError(f"steps and batch must be at least 1 and lr above 0, got {self}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f'optimizer must be "sgd" or "adamw", got {self.optimizer!r}')
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be (lowest, highest) above 0, got {self.scale}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.lr * rise * (1 - step / self.steps) ** self.power
+
+
+MINI = Recipe(steps=300, batch=8, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
+              source="ours: Toytown on two cores in seconds")  # fmt: skip
+MINI_CAMVID = Recipe(steps=600, batch=4, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=50, power=0.9,
+                     crop=(256, 320), scale=(0.6, 1.2), flip=True,
+                     source="ours: CamVid on two cores in minutes")  # fmt: skip
+STANDARD = Recipe(steps=3000, batch=4, lr=1e-4, optimizer="adamw", weight_decay=1e-4, warmup=100, power=0.9,
+                  crop=(320, 448), scale=(0.6, 1.4), flip=True,
+                  source="ours: CamVid from ImageNet weights on one GPU")  # fmt: skip
+
+FCN_32S = Recipe(steps=100_000, batch=1, lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0,
+                 source="FCN release, voc-fcn32s/solver.prototxt; with fcn.sum_loss, from ImageNet weights")  # fmt: skip
+FCN_16S = Recipe(steps=100_000, batch=1, lr=1e-12, momentum=0.99, weight_decay=5e-4, bias_lr=2.0,
+                 source="FCN release, voc-fcn16s/solver.prototxt; with fcn.sum_loss, from FCN-32s")  # fmt: skip
+FCN_8S = Recipe(steps=100_000, batch=1, lr=1e-14, momentum=0.99, weight_decay=5e-4, bias_lr=2.0,
+                source="FCN release, voc-fcn8s/solver.prototxt; with fcn.sum_loss, from FCN-16s")  # fmt: skip
+FCN_8S_AT_ONCE = Recipe(steps=300_000, batch=1, lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0,
+                        source="FCN release, voc-fcn8s-atonce; with fcn.sum_loss, from ImageNet weights")  # fmt: skip
+
+
+def current_scale() -> str:
+    """`SEGEDU_SCALE` from the environment; by default "standard" where there is a GPU, else "mini"."""
+    import torch
+
+    value = os.environ.get("SEGEDU_SCALE") or ("standard" if torch.cuda.is_available() else "mini")
+    if value not in SCALES:
+        raise ValueError(f"SEGEDU_SCALE must be one of {', '.join(SCALES)}, got {value!r}")
+    return value

@@ -1,0 +1,375 @@
+"""Interactive figures. `Figure` needs no kernel once it is in a page; `explore` and `compare` ask a live model.
+
+They move by `static/segedu.js`: in the built book as the element <seg-figure>, in JupyterLab through an anywidget, in
+Colab as a page of its own. All numbers come with the figure, so nothing is fetched and no widget state is stored.
+anywidget and ipywidgets are imported when a figure is shown, not with this module.
+"""
+
+import base64
+import functools
+import html
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segedu.layers import BilinearUpsampling, crop
+from segedu.metrics import VOID
+
+MODULE = Path(__file__).parent / "static" / "segedu.js"
+
+
+class Figure:
+    """The figure `name` of segedu.js with the data it shows.
+
+    Args:
+        name: "metric-lab" or "skip-mixer".
+        state: what segedu.js needs for it, ready for JSON.
+        still: PNG bytes of the picture that stands in its place without JavaScript and in print.
+        alt: the still in words.
+    """
+
+    def __init__(self, name: str, state: dict, still: bytes, alt: str) -> None:
+        self.name, self.state, self.still, self.alt = name, state, still, alt
+
+    @property
+    def value(self) -> dict:
+        """The numbers that a live figure shows now (JupyterLab); empty before it is shown."""
+        return dict(self._widget.value)
+
+    def to_html(self) -> str:
+        """The element for a page that loads segedu.js, with the still picture inside. The same at every run."""
+        state = json.dumps(self.state, separators=(",", ":"), sort_keys=True, allow_nan=False)
+        for character, entity in ("&", "&amp;"), ("'", "&#39;"), ("<", "&lt;"):
+            state = state.replace(character, entity)
+        picture = f'<img src="{_data_url(self.still)}" alt="{html.escape(self.alt)}" style="max-width: 100%">'
+        return f"<seg-figure name=\"{self.name}\" state='{state}'>{picture}</seg-figure>"
+
+    def __repr__(self) -> str:
+        return f"Figure({self.name!r})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        bundle = {"text/plain": repr(self), "text/html": self.to_html()}
+        if "google.colab" in sys.modules:  # each output is a page of its own there, so it brings the script
+            bundle["text/html"] += f'<script type="module">\n{MODULE.read_text()}</script>'
+            return bundle
+        try:
+            model_id = self._widget.model_id
+        except ImportError:  # without anywidget the element still is in the page
+            return bundle
+        view = {"model_id": model_id, "version_major": 2, "version_minor": 0}
+        return bundle | {"application/vnd.jupyter.widget-view+json": view}
+
+    @functools.cached_property
+    def _widget(self):
+        return _widget_class()(name=self.name, state=self.state)
+
+
+@functools.cache
+def _widget_class() -> type:
+    import anywidget
+    import traitlets
+
+    class LiveFigure(anywidget.AnyWidget):
+        _esm = MODULE.read_text()
+        name = traitlets.Unicode().tag(sync=True)
+        state = traitlets.Dict().tag(sync=True)
+        value = traitlets.Dict().tag(sync=True)
+
+    return LiveFigure
+
+
+# A street corner of 24 x 32 cells: mostly background, a tree, a pole one cell wide, a car, a person.
+LAB_CLASSES = ("background", "car", "person", "tree", "pole")
+LAB_PALETTE = ((222, 214, 200), (30, 95, 170), (213, 94, 0), (15, 105, 70), (20, 20, 20))
+LAB = """
+................................
+................................
+...ttttt........................
+..ttttttt...|...................
+.ttttttttt..|...................
+.ttttttttt..|...................
+.ttttttttt..|...................
+.ttttttttt..|...............pp..
+.ttttttttt..|...............pp..
+..ttttttt...|..............pppp.
+...ttttt....|..............pppp.
+....ttt.....|..............pppp.
+....ttt.....|..............pppp.
+....ttt.....|....ccccc.....pppp.
+....ttt.....|....ccccc.....pppp.
+....ttt.....|...ccccccc.....pp..
+....ttt.....|.ccccccccccc...pp..
+....ttt.....|.ccccccccccc...pp..
+....ttt.....|.ccccccccccc...pp..
+....ttt.....|..ccc...ccc....pp..
+....ttt.....|..ccc...ccc....pp..
+................................
+................................
+................................
+"""
+
+
+def _street_corner() -> Tensor:
+    from scipy import ndimage
+
+    target = torch.tensor([[".cpt|".index(cell) for cell in row] for row in LAB.split()])
+    things = ((target > 0) & (target < 4)).numpy()  # the pole has no rim, which would hide it
+    target[torch.from_numpy(ndimage.binary_dilation(things) & ~things)] = VOID
+    return target
+
+
+def metric_lab(
+    target: Tensor | None = None,
+    classes: Sequence[str] = LAB_CLASSES,
+    palette: Sequence = LAB_PALETTE,
+    tolerance: float = 0.025,
+) -> Figure:
+    """Paint a prediction of a small picture and watch the scores move; void counted as a class or left out.
+
+    Opens on a prediction that is the commonest class everywhere.
+
+    Args:
+        target: (H, W) labels with 255 = void, about 24 x 32 cells; a drawn street corner if left out.
+        classes, palette: K names and K colours (r, g, b) of 0-255.
+        tolerance: of the boundary score, in shares of the diagonal (0.025 is 1 cell at 24 x 32).
+    """
+    from segedu import plots
+    from segedu.metrics import Scores
+
+    target = _street_corner() if target is None else torch.as_tensor(target)
+    palette = torch.as_tensor(palette)
+    common = int(torch.bincount(target[target != VOID], minlength=len(classes)).argmax())
+    perfect = _grown(target, common)
+    everywhere = torch.full_like(target, common)
+    presets = [
+        (f"All {classes[common]}", everywhere, "Nothing is found. Pixel accuracy is the share of the commonest class."),
+        ("Perfect", perfect, "Right in every labelled cell. In void it says the nearest thing."),
+        (
+            f"Rim as {classes[common]}",
+            target.where(target != VOID, common),
+            f"Right in every labelled cell too. In void it says {classes[common]}. Void is left out, so the scores are "
+            "those of Perfect. Count void as a class, and both lose.",
+        ),
+        (
+            "Shifted by 1 cell",
+            torch.cat([perfect[:, :1], perfect[:, :-1]], dim=1),
+            "Every shape is right and one cell too far to the right. Wide things lose little, thin things all.",
+        ),
+        (
+            "Blurred",
+            _blurred(perfect, len(classes)),
+            "Each cell says what is commonest in the 5 × 5 cells around it. Thin things are gone, and pixel accuracy "
+            "hardly notices.",
+        ),
+    ]
+    scores = [Scores.of(labels, target, len(classes)) for _, labels, _ in presets]
+    opening = f"pixel accuracy is {scores[0].pixel_accuracy:.2f}, mean IU {scores[0].miou:.2f}"
+    state = {
+        "title": "Metric lab",
+        "lead": f"The prediction starts as “{classes[common]}” everywhere: {opening}. "
+        "Paint what is missing and watch which score moves.",
+        "rows": target.shape[0],
+        "cols": target.shape[1],
+        "classes": list(classes),
+        "palette": palette.tolist(),
+        "target": _runs(target),
+        "presets": [{"name": name, "labels": _runs(labels), "note": note} for name, labels, note in presets],
+        "brush": next(k for k in range(len(classes)) if k != common),
+        "tolerance": tolerance,
+    }
+    shown = {"truth": target}
+    for i in (0, 3, 4):  # the other two look like the truth
+        numbers = f"pixel accuracy {scores[i].pixel_accuracy:.2f}\nmean IU {scores[i].miou:.2f}"
+        shown[f"{presets[i][0]}\n{numbers}"] = presets[i][1]
+    still = plots.masks(None, shown, palette, classes)
+    return Figure("metric-lab", state, _small_png(still), f"Truth and three predictions. {presets[0][0]}: {opening}.")
+
+
+def _grown(target: Tensor, common: int) -> Tensor:
+    """Void cells get the label of the nearest cell that is neither void nor the commonest class."""
+    from scipy import ndimage
+
+    labels = target.numpy()
+    row, column = ndimage.distance_transform_edt(
+        (labels == VOID) | (labels == common), return_distances=False, return_indices=True
+    )
+    return target.where(target != VOID, torch.from_numpy(labels[row, column]))
+
+
+def _blurred(labels: Tensor, num_classes: int) -> Tensor:
+    """The commonest label of each 5 x 5 window: thin things are gone."""
+    votes = nn.functional.one_hot(labels, num_classes).permute(2, 0, 1)[None].float()
+    return nn.functional.avg_pool2d(votes, 5, 1, 2, count_include_pad=False)[0].argmax(0)
+
+
+def skip_mixer(model: nn.Module, data, indices: Sequence[int] = (0, 1, 2)) -> Figure:
+    """Mix the three score maps of a trained FCN-8s by hand and watch edges and small things come and go.
+
+    Args:
+        model: `FCN(K, stride=8, pad=1)` with frozen upsampling.
+        data: items (image (3, H, W) in [0, 1], target (H, W)), `.classes`, `.palette`; H and W are multiples of 32.
+        indices: which pictures.
+    """
+    from segedu import plots
+    from segedu.features import record
+    from segedu.training import predict
+
+    if model.stride != 8 or model.pad != 1 or not isinstance(model.upscore2, BilinearUpsampling):
+        raise ValueError(
+            "the skip mixer needs FCN(stride=8, pad=1) with frozen upsampling, "
+            f"got stride={model.stride}, pad={model.pad}, {type(model.upscore2).__name__}"
+        )
+    names = ["score_fr", "score_pool4", "score_pool3"]
+    scenes, stills = [], []
+    for i in indices:
+        image, target = data[i]
+        if image.shape[1] % 32 or image.shape[2] % 32:
+            raise ValueError(
+                f"height and width must be multiples of 32, got {tuple(image.shape[1:])}; crop the picture"
+            )
+        with record(model, names) as maps:
+            predict(model, image)
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        scores = [_quantised(maps[name][0]) for name in names]
+        scenes.append({"name": i, "image": _data_url(_png(pixels)), "target": _runs(target), "scores": scores})
+        stills.append((image, target, [maps[name] for name in names]))
+    layers = [(model.upscore2, "pool4"), (model.upscore_pool4, "pool3"), (model.upscore8, "8s")]
+    image, target, maps = stills[0]
+    state = {
+        "title": "Skip mixer",
+        "lead": "The three score maps of one trained FCN-8s. Only the coarsest, of stride 32, is in the sum now. "
+        "Add the finer ones and watch the outlines.",
+        "rows": image.shape[1],
+        "cols": image.shape[2],
+        "classes": list(data.classes),
+        "palette": torch.as_tensor(data.palette).tolist(),
+        "steps": [
+            {"kernel": layer.weight.shape[-1], "stride": layer.stride, "crop": model.offsets[name]}
+            for layer, name in layers
+        ],
+        "scenes": scenes,
+        "tolerance": 0.0075,
+    }
+    mixes = {"32 only": (1, 0, 0), "32 + 16": (1, 1, 0), "32 + 16 + 8": (1, 1, 1)}
+    shown = {name: mix(model, maps, weights, image).argmax(0) for name, weights in mixes.items()}
+    still = plots.masks(image, {"truth": target} | shown, data.palette, data.classes)
+    alt = "A picture, its truth, and what FCN-8s says with one, two and three of its score maps: outlines get finer."
+    return Figure("skip-mixer", state, _small_png(still), alt)
+
+
+@torch.no_grad()
+def mix(model: nn.Module, maps: Sequence[Tensor], weights: Sequence[float], image: Tensor) -> Tensor:
+    """FCN-8s with its three score maps (1, K, h, w), coarsest first, times `weights` -> logits (K, H, W)."""
+    coarse, middle, fine = (weight * scores for weight, scores in zip(weights, maps, strict=True))
+    scores = model.fuse(model.upscore2(coarse), middle, model.offsets["pool4"])
+    scores = model.fuse(model.upscore_pool4(scores), fine, model.offsets["pool3"])
+    return crop(model.upscore8(scores), model.offsets["8s"], like=image)[0]
+
+
+def explore(model: nn.Module, data, names: Sequence[str] | None = None):
+    """Pick a picture and a layer and see what the model makes of it. Live: needs a kernel.
+
+    Args:
+        data: items (image (3, H, W) in [0, 1], target).
+        names: of the layers, as in `record`; the model's parts if left out. They give maps (N, C, h, w).
+    """
+    from segedu import plots
+    from segedu.features import record
+    from segedu.training import predict
+
+    names = (
+        [name for name, part in model.named_children() if not isinstance(part, nn.Dropout)] if names is None else names
+    )
+
+    def figure(picture: int, layer: str) -> "plots.Figure":
+        image, _ = data[picture]
+        with record(model, [layer]) as maps:
+            predict(model, image)
+        features = maps[layer][0]
+        classes = getattr(data, "classes", ())
+        return plots.maps(features, classes if len(features) == len(classes) else None)
+
+    return _controls(figure, picture=len(data), layer=list(names))
+
+
+def compare(models: Mapping[str, nn.Module], data):
+    """Pick a picture and a model: image, truth, what the model says, and its errors. Live: needs a kernel.
+
+    Args:
+        models: {"FCN-32s": model, ...}.
+        data: items (image (3, H, W) in [0, 1], target (H, W)), `.classes`, `.palette`.
+    """
+    from segedu import plots
+    from segedu.training import predict
+
+    def figure(picture: int, model: str) -> "plots.Figure":
+        image, target = data[picture]
+        return plots.answer(image, target, predict(models[model], image), data.palette, data.classes)
+
+    return _controls(figure, picture=len(data), model=list(models))
+
+
+def _controls(figure, **options):
+    """A control for each argument of `figure` (a number: 0 to n - 1, a list: one of it) above the figure it gives."""
+    import ipywidgets
+
+    controls = {
+        name: ipywidgets.IntSlider(0, 0, option - 1, description=name, continuous_update=False)
+        if isinstance(option, int)
+        else ipywidgets.Dropdown(options=option, description=name)
+        for name, option in options.items()
+    }
+    shown = ipywidgets.Image(format="png", layout={"max_width": "100%"})
+
+    def update(change=None) -> None:
+        shown.value = figure(**{name: control.value for name, control in controls.items()})._repr_png_()
+
+    for control in controls.values():
+        control.observe(update, "value")
+    update()
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), shown])
+
+
+def _runs(labels: Tensor) -> list[int]:
+    """Labels row by row as [value, count, value, count, ...]."""
+    values, counts = torch.unique_consecutive(labels.flatten(), return_counts=True)
+    return torch.stack([values, counts], dim=1).flatten().tolist()
+
+
+def _quantised(scores: Tensor) -> dict:
+    """(K, h, w) as 16-bit integers times a scale: four digits, in a third of the text."""
+    scores = scores.cpu().numpy().astype(np.float64)
+    scale = float(f"{(abs(scores).max() or 1) / 32767:.6g}")
+    return {
+        "shape": list(scores.shape),
+        "scale": scale,
+        "data": base64.b64encode(np.round(scores / scale).astype("<i2").tobytes()).decode(),
+    }
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def _small_png(figure) -> bytes:
+    """A plot in 128 colours: a third of the bytes, and no difference to see."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    picture = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
+    picture.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,63 @@
+"""One contract for every model, small: sizes, gradients, modes, save and load. A new model adds a line to MODELS."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import segedu as sg
+
+MODELS = {
+    "FCN-32s": lambda: sg.FCN(5, stride=32, pad=1, width=1 / 16),
+    "FCN-16s": lambda: sg.FCN(5, stride=16, pad=1, width=1 / 16),
+    "FCN-8s": lambda: sg.FCN(5, stride=8, pad=1, width=1 / 16),
+    "FCN-8s pad 100": lambda: sg.FCN(5, width=1 / 16),
+    "FCN-8s learned upsampling": lambda: sg.FCN(5, learn_upsampling=True, width=1 / 16),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+def wake(model):
+    """Score layers start at zero; give them values so that gradients can pass."""
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_logits_are_as_large_as_the_images_in_both_modes(model):
+    images = torch.rand(2, 3, 70, 101)
+    for mode in (True, False):
+        logits = model.train(mode)(images)
+        assert isinstance(logits, torch.Tensor) and logits.shape == (2, 5, 70, 101) and logits.dtype == torch.float32
+
+
+def test_every_parameter_learns(model):
+    wake(model).eval()
+    F.cross_entropy(model(torch.rand(2, 3, 64, 96)), torch.randint(0, 5, (2, 64, 96))).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert still == []
+
+
+def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+    wake(model).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    images = torch.rand(1, 3, 64, 64)
+    before = model(images)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(model(images), before)
+
+
+def test_recorded_maps_are_not_overwritten(model):
+    convolution = "stage1.0"
+    with sg.record(model, [convolution]) as maps:
+        model(torch.rand(1, 3, 64, 64))
+    assert maps[convolution].min() < 0
