@@ -44,7 +44,7 @@ check: .venv/ready ## style and the fast tests, under two minutes
 	$(PY) -m pytest tests -n 2 --dist loadfile -m "not slow"
 
 lab: .venv/ready ## the chapters in JupyterLab
-	.venv/bin/jupyter lab --notebook-dir chapters
+	.venv/bin/jupyter lab chapters $(if $(ROOT),,--allow-root)
 
 freeze: .venv/ready ## run the chapters and store their outputs
 	$(PY) tools/freeze.py

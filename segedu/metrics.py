@@ -56,7 +56,7 @@ def boundary_f1(labels: Tensor, target: Tensor, num_classes: int, tolerance: flo
 
 
 def class_boundary_f1(labels: Tensor, target: Tensor, num_classes: int, tolerance: float = 0.0075) -> Tensor:
-    """Boundary F1 of each class in one picture: (H, W) and (H, W) -> float64 (K,), nan for a class not in the target.
+    """Boundary F1 of each class in one picture: (H, W) and (H, W) -> float64 (K,) on the CPU, nan for a class not there.
 
     The boundary of a class is its pixels that have a 4-neighbour of another class; void counts as another class, the
     edge of the picture does not. The prediction is void where the target is void. Precision is the share of predicted
@@ -74,10 +74,10 @@ def class_boundary_f1(labels: Tensor, target: Tensor, num_classes: int, toleranc
     precision = _share(predicted & _spread(true, radius), predicted)
     recall = _share(true & _spread(predicted, radius), true)
     f1 = (2 * precision * recall / (precision + recall)).nan_to_num(0.0)
-    filled = ~true.flatten(1).any(1)
+    filled = ~true.flatten(1).any(1).cpu()
     f1[filled] = float((labels == target).all())
-    scores = torch.full((num_classes,), math.nan, dtype=f1.dtype, device=f1.device)
-    scores[present] = f1
+    scores = torch.full((num_classes,), math.nan, dtype=f1.dtype)
+    scores[present.cpu()] = f1
     return scores
 
 
@@ -326,7 +326,7 @@ def _spread(mask: Tensor, radius: float) -> Tensor:
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return part.flatten(1).sum(1).double() / whole.flatten(1).sum(1)
+    return part.flatten(1).sum(1).cpu().double() / whole.flatten(1).sum(1).cpu()
 
 
 def _plain(value: float) -> float | None:

@@ -4,10 +4,11 @@ No global state of pyplot is read or changed. The face is white, so figures read
 Written 7 inches wide, for a text column of about 700 px.
 """
 
+import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import matplotlib
 import matplotlib.figure
@@ -44,13 +45,26 @@ RIGHT, WRONG = (238, 238, 238), (176, 24, 40)
 COLUMNS = 4
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows by itself, also where pyplot was never imported."""
+    """A figure that a notebook shows by itself, also where pyplot was never imported, in the style of this module."""
 
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
-        self.savefig(out, format="png", dpi=self.dpi, bbox_inches="tight", metadata={"Software": None})
+        with _style():
+            self.savefig(out, format="png", dpi=self.dpi, bbox_inches="tight", metadata={"Software": None})
         return out.getvalue()
+
+    def draw(self, renderer) -> None:
+        with _style():  # ticks are made when drawn
+            super().draw(renderer)
 
 
 def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -58,9 +72,7 @@ def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(plot)
     def wrapper(*args, **kwargs) -> Figure:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
+        with _style():
             return plot(*args, **kwargs)
 
     return wrapper

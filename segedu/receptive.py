@@ -148,7 +148,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def meta_image(model: nn.Module, image_size: tuple[int, int]) -> Tensor:
-    """(1, C, H, W) without numbers; C as the model's first convolution asks for."""
+    """(1, C, H, W) without numbers; C as the first convolution that the model defines asks for."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convolutions, None)
     return torch.empty(1, first.in_channels if first else 3, *image_size, device="meta")
@@ -211,10 +211,10 @@ def _spans(model: nn.Module, names: Iterable[str], image_size: tuple[int, int]) 
 
 def _field(spans: list[_Span] | None, image_size: tuple[int, int]) -> Field | None:
     """The field from the spans of the cells that do not reach the border; None if there are too few of them."""
-    axes = [_axis_field(span, n) for span, n in zip(spans or (), image_size, strict=False)]
-    if not axes or None in axes:
+    if spans is None:
         return None
-    return Field(*(v if v == h else (v, h) for v, h in zip(*axes, strict=True)))
+    axes = [_axis_field(span, n) for span, n in zip(spans, image_size, strict=True)]
+    return None if None in axes else Field(*(v if v == h else (v, h) for v, h in zip(*axes, strict=True)))
 
 
 def _axis_field(span: _Span, n: int) -> tuple[Number, Number | None, Number | None] | None:
@@ -245,7 +245,8 @@ class _Follow(TorchDispatchMode):
         named = [argument for argument in func._schema.arguments if not argument.kwarg_only]
         args = (*args, *(kwargs.get(argument.name, argument.default_value) for argument in named[len(args) :]))
         sources = [tensor for tensor in _tensors(args) if hasattr(tensor, "_spans")]
-        if sources:
+        op = func.overloadpacket.__name__
+        if sources and not op.endswith("_like") and not op.startswith("new_"):  # these take no more than the shape
             results = _tensors(output)
             for result in results:
                 if result.dim() == results[0].dim():  # not the statistics that a normalisation returns besides
@@ -271,8 +272,9 @@ def _follow(func: Any, args: tuple, sources: list[Tensor], result: Tensor, axis:
 
     mixed = _mixed(op, args, source, result)
     if axis in mixed:
-        span = _union(span, _EVERYTHING) if span.first.shape == result.shape[axis:][:1] else _EVERYTHING
+        span = _union(span, _EVERYTHING) if result.shape == source.shape else _EVERYTHING
     fits = len(mixed) == 2 or (result.dim() > 2 and len(span.first) in (1, result.shape[axis]))
+    fits = fits and (len(mixed) != 1 or result.dim() == source.dim())
     on_a_view = func._schema.is_mutable and args[0]._is_view()  # the map behind the view would not know
     if not fits or on_a_view or not (mixed or _keeps_place(func, args, source, result)):
         shapes = f"{tuple(source.shape)} -> {tuple(result.shape)}"
@@ -342,7 +344,7 @@ def _mixed(op: str, args: tuple, source: Tensor, result: Tensor) -> set[int]:
 
 def _keeps_place(func: Any, args: tuple, source: Tensor, result: Tensor) -> bool:
     op = func.overloadpacket.__name__
-    if torch.Tag.pointwise in func.tags:
+    if torch.Tag.pointwise in func.tags or op in _OVER_AXES:
         return True
     if op not in _SAME_PLACE:
         return False

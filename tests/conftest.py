@@ -4,12 +4,14 @@ import functools
 import http.server
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -19,6 +21,10 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: opens a browser, builds the book or trains; not in `make check`")
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

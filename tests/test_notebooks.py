@@ -1,13 +1,10 @@
 """The stored chapters: clean, run, small, and with outputs that nbval compares (the run itself is in `make test`)."""
 
 import json
-import sys
 
+import freeze
 import pytest
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import freeze
 
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 MIN_COMPARED = 5  # cells per chapter with the tag nbval-check-output

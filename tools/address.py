@@ -24,9 +24,8 @@ def setup_cell(url: str) -> str:
 ADDRESS = "{url}"  # of this book's repository; `make address URL=...` sets it
 try:
     import segedu as sg
-except ImportError as error:
-    if not ADDRESS:
-        raise ImportError("segedu is not installed. In its repository: `make lab`. In Colab: set ADDRESS.") from error
+except ImportError:
+    assert ADDRESS, "segedu is missing: start with `make lab`, or set ADDRESS"
     %pip install -q --no-deps "segedu @ git+{{ADDRESS}}"
     import segedu as sg"""
 

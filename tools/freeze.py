@@ -48,12 +48,12 @@ def awake(channel) -> None:
     channel.get_msg = get_msg
 
 
-def run(notebook, folder: Path) -> None:
+def run(notebook, folder: Path, kernel: str = "python3", **environment: str) -> None:
+    """Runs all cells in a fresh kernel that starts in `folder`; outputs go into the notebook."""
     from nbclient import NotebookClient
 
-    os.environ.update(ENVIRONMENT)
-    client = NotebookClient(notebook, timeout=600, record_timing=False, raise_on_iopub_timeout=True)
-    with client.setup_kernel(cwd=str(folder)):
+    client = NotebookClient(notebook, timeout=600, kernel_name=kernel, record_timing=False, raise_on_iopub_timeout=True)
+    with client.setup_kernel(cwd=str(folder), env={**os.environ, **ENVIRONMENT, **environment}):
         awake(client.kc.shell_channel)
         awake(client.kc.iopub_channel)
         for index, cell in enumerate(notebook.cells):

@@ -35,9 +35,9 @@ PALETTE = {
 }
 FRAMES = {"train": 367, "val": 101, "test": 233}
 DIGESTS = {  # label_digest of each split
-    "train": "",
-    "val": "",
-    "test": "",
+    "train": "af284a308e9d9e7ff841ec689dad0b070a1c1300abc4188eb6b127d7bab0a99d",
+    "val": "51cfdd3ff2033ae96371b9801a757b0d753de1a7d60630c63484566affed0706",
+    "test": "1663b3865b7338dedcfdb894e1043d9f2777f8a316c88ce4a453a5f846acfcc6",
 }
 
 
@@ -121,7 +121,9 @@ def check(folder: Path) -> None:
     """ValueError or FileNotFoundError unless the three splits in `folder` have the published labels."""
     for split, expected in DIGESTS.items():
         if (found := label_digest(folder, split)) != expected:
-            raise ValueError(f"the labels of CamVid {split} are not the published ones: SHA-256 {found}, not {expected}")
+            raise ValueError(
+                f"the labels of CamVid {split} are not the published ones: SHA-256 {found}, not {expected}"
+            )
 
 
 def wanted(name: PurePosixPath) -> PurePosixPath | None:
@@ -148,5 +150,7 @@ def fetch(folder: Path) -> None:
         raise ConnectionError(f"{error}. Call again to go on where it stopped. {by_hand}") from error
     except (zipfile.BadZipFile, ValueError, FileNotFoundError) as error:
         archive.unlink()
-        raise ValueError(f"{URL} did not give a usable CamVid: {error}. Call again to start afresh. {by_hand}") from error
+        raise ValueError(
+            f"{URL} did not give a usable CamVid: {error}. Call again to start afresh. {by_hand}"
+        ) from error
     archive.unlink()

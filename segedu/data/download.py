@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -58,8 +59,11 @@ def unpack(archive: Path, wanted: Callable[[PurePosixPath], PurePosixPath | None
             if inside is not None:
                 path = folder / inside
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(member) as source, path.open("wb") as file:
-                    shutil.copyfileobj(source, file)
+                try:
+                    with zipped.open(member) as source, path.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+                except (zlib.error, EOFError) as error:
+                    raise zipfile.BadZipFile(f"{member.filename} is damaged: {error}") from error
 
 
 def install(archive: Path, wanted: Callable, check: Callable[[Path], None], folder: Path) -> None:

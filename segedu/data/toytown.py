@@ -15,6 +15,7 @@ What the chapters look for is there on purpose:
 Only sums, products, quotients, comparisons and square roots reach the pixels: they round the same on every machine.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,18 +25,18 @@ from torch import Tensor
 
 from segedu.metrics import VOID
 
-PALETTE = {
-    "sky": (172, 217, 240),
-    "building": (150, 75, 60),
-    "pole": (20, 20, 20),
-    "road": (125, 125, 130),
-    "grass": (175, 205, 85),
-    "water": (30, 95, 170),
-    "tree": (15, 85, 60),
-    "sign": (250, 228, 66),
-    "car": (95, 20, 115),
-    "boat": (255, 155, 50),
-    "person": (245, 120, 185),
+PALETTE = {  # apart also for red-green colour blindness; neighbours differ in lightness
+    "sky": (165, 200, 250),
+    "building": (135, 80, 40),
+    "pole": (15, 10, 10),
+    "road": (148, 128, 124),
+    "grass": (155, 230, 120),
+    "water": (15, 75, 195),
+    "tree": (0, 60, 65),
+    "sign": (240, 245, 40),
+    "car": (80, 0, 115),
+    "boat": (228, 126, 46),
+    "person": (245, 150, 195),
 }
 SKY, BUILDING, POLE, ROAD, GRASS, WATER, TREE, SIGN, CAR, BOAT, PERSON = range(len(PALETTE))
 SPLITS = {"train": (0, 800), "val": (1, 200), "test": (2, 200)}  # number of the stream, number of scenes
@@ -187,7 +188,7 @@ class Canvas:
         turn = 1 if sum(ax * by - bx * ay for (ax, ay), (bx, by) in edges) > 0 else -1
         inside = np.float32(WIDTH)
         for (ax, ay), (bx, by) in edges:
-            length = turn * ((bx - ax) ** 2 + (by - ay) ** 2) ** 0.5
+            length = turn * math.sqrt((bx - ax) * (bx - ax) + (by - ay) * (by - ay))
             across, down = (ay - by) / length, (bx - ax) / length
             inside = np.minimum(inside, (self.X[box[1]] - ax) * across + (self.Y[box[0]] - ay) * down)
         self.paint(box, cover(inside), colour, thing)
@@ -474,7 +475,9 @@ class Scene:
         shade = (0.85 if side < 0 else 1.0) * (1 + 0.04 * canvas.grain[box])
         canvas.paint(box, wall, colour * shade, canvas.thing(BUILDING, large=True))
         pane = d * d * (reach * 0.8 / FOCAL)  # its width in pixels: far windows are too narrow to see
-        windows = band(distance / 0.8, 0.25, 0.75, pane) * band(up / 0.95, 0.35, 0.8, 0.95 * d) * np.minimum(pane / 3, 1)
+        windows = (
+            band(distance / 0.8, 0.25, 0.75, pane) * band(up / 0.95, 0.35, 0.8, 0.95 * d) * np.minimum(pane / 3, 1)
+        )
         canvas.paint(box, windows * ((up > 0.2) & (height - up > 0.25)), GLASS)
         canvas.paint(box, 0.5 * np.maximum(1 - 8 * (height - up), 0) * (height > up), DARK)  # the cornice
 

@@ -45,7 +45,6 @@ kbd { font: 0.72rem/1 ui-monospace, monospace; border: 1px solid var(--line); bo
 .swatch { width: 0.95em; height: 0.95em; flex: none; display: inline-block; vertical-align: -0.12em; border: 1px solid var(--line); border-radius: 0.15em; }
 .slider { display: grid; grid-template-columns: 1fr auto; gap: 0 0.6rem; margin-bottom: 0.35rem; }
 .slider input { grid-column: 1 / -1; width: 100%; height: 1.5rem; margin: 0; accent-color: var(--accent); }
-.slider output { font-weight: 650; }
 .pictures { display: grid; gap: 0.7rem; margin-bottom: 0.7rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-weight: 600; margin-bottom: 0.2rem; }
@@ -152,11 +151,11 @@ function toggle(label, checked, act) {
 
 function slider(label, { min = 0, max = 1, step = 0.05, value }, act) {
   const input = h("input", { type: "range", min, max, step, value, input: () => (show(), act(+input.value)) });
-  const output = h("output", {});
-  const show = () => (output.textContent = (+input.value).toFixed(2));
+  const shown = h("b", { "aria-hidden": "true" });
+  const show = () => (shown.textContent = (+input.value).toFixed(2));
   show();
   return {
-    element: h("label", { class: "slider" }, h("span", {}, label), output, input),
+    element: h("label", { class: "slider" }, h("span", {}, label), shown, input),
     set: (to) => ((input.value = to), show()),
   };
 }
@@ -383,7 +382,7 @@ function metricLab(state, tell) {
   const cursor = { row: rows >> 1, col: cols >> 1, seen: false };
   let [brush, size, countVoid, marking] = [state.brush, 1, false, true];
 
-  const truth = picture("Truth (striped: void)", rows, cols, 20, { role: "img", "aria-label": `Truth: ${shares(target)}` });
+  const truth = picture("Truth", rows, cols, 20, { role: "img", "aria-label": `Truth: ${shares(target)}` });
   const canvasProps = { class: "paint", role: "application", tabindex: "0", "aria-label": "Prediction, to paint", "aria-describedby": "keys" };
   const paper = picture("Prediction (paint here)", rows, cols, 20, canvasProps);
   const where = h("p", { class: "hint" });
@@ -410,7 +409,7 @@ function metricLab(state, tell) {
     h("div", { class: "pictures small-large" }, truth.element, paper.element),
     h("div", { class: "row wide" }, brushes.element, sizes.element),
     h("div", { class: "row wide" },
-      toggle("Count void as a class", false, (on) => ((countVoid = on), update())),
+      toggle("Count void (striped) as a class", false, (on) => ((countVoid = on), update())),
       toggle("Cross out wrong cells", true, (on) => ((marking = on), draw()))),
     h("div", { class: "columns" }, h("div", {}, overall.element, perClass.element), h("div", {}, table.element, where)),
     h("p", { class: "hint", id: "keys" },
@@ -577,6 +576,7 @@ function skipMixer(state, tell) {
     legend(classes, palette),
     h("div", { class: "columns" }, h("div", {}, here), perClass.element),
     h("p", { class: "hint", id: "keys" },
+      "The stride 32 scores were trained as one part of the sum: alone they are not an FCN-32s. " +
       "Point at a picture to look into a pixel. Keys in the prediction: arrows move the pixel, with shift 8 pixels. " +
       `Boundary F1 counts an edge as found within ${(state.tolerance * Math.hypot(rows, cols)).toFixed(1)} pixels.`),
   );

@@ -1,0 +1,75 @@
+"""Recorded runs: one JSON file each in results/, written by tools/record.py. Every measured number in the text is here."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from html import escape
+from pathlib import Path
+
+ROOTS = (Path(__file__).parents[1] / "results", Path(__file__).parent / "recorded")  # a checkout, an installed wheel
+
+
+def load(chapter: str | None = None, **match: object) -> list[dict]:
+    """All recorded runs of a chapter whose fields equal `match`, by file name.
+
+    `load("02_fcn", experiment="skips", scale="mini")`. No run that matches gives an empty list.
+    """
+    root = next((root for root in ROOTS if root.is_dir()), None)
+    runs = [] if root is None else [json.loads(file.read_text()) for file in sorted(root.glob("*.json"))]
+    wanted = match | ({} if chapter is None else {"chapter": chapter})
+    return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
+
+
+def value(run: dict, path: str) -> float:
+    """A number inside a run: `value(run, "scores.by_size.small")`. nan where the run has None."""
+    found = reduce(lambda part, key: part[key], path.split("."), run)
+    return float("nan") if found is None else found
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, one per group of runs. Prints as text and renders as HTML."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.head, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.head)
+        body = "".join(
+            f'<tr><th scope="row">{escape(row[0])}</th>'
+            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def table(groups: Mapping[str, Sequence[dict]], columns: Mapping[str, str], digits: int = 3) -> Table:
+    """Mean ± standard deviation over the runs of each group; "not run" for an empty group, no ± for a single run.
+
+    Args:
+        groups: row name -> runs (seeds of one setting).
+        columns: column name -> path, as for `value`.
+    """
+    rows = []
+    for name, runs in groups.items():
+        if not runs:
+            rows.append([name, "0", *["not run"] * len(columns)])
+            continue
+        cells = []
+        for path in columns.values():
+            numbers = [value(run, path) for run in runs]
+            spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+            cells.append(f"{statistics.fmean(numbers):.{digits}f}{spread}")
+        rows.append([name, str(len(runs)), *cells])
+    return Table(["", "runs", *columns], rows)

@@ -1,0 +1,296 @@
+"""The interactive figures in a browser: as a module over http and as the book's plain script from a file."""
+
+import functools
+import http.server
+import importlib.util
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import segedu as sg
+from segedu import widgets
+from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
+CLASSES = len(widgets.LAB_CLASSES)
+
+
+@functools.cache
+def model() -> sg.FCN:
+    torch.manual_seed(0)
+    model = sg.FCN(11, stride=8, pad=1, width=1 / 8)
+    names = ["score_fr", "score_pool4", "score_pool3"]
+    for name in names:  # they start at zero
+        torch.nn.init.normal_(getattr(model, name).weight)
+    with sg.record(model, names) as maps:
+        sg.predict(model, sg.Toytown("val")[0][0])
+    for name in names:  # no class is ahead everywhere
+        getattr(model, name).bias.data = -maps[name].mean((0, 2, 3))
+    return model.eval()
+
+
+@functools.cache
+def figures() -> dict[str, widgets.Figure]:
+    return {"metric-lab": widgets.metric_lab(), "skip-mixer": widgets.skip_mixer(model(), sg.Toytown("val"), (0, 1))}
+
+
+def page_html(figure: widgets.Figure, mode: str, script: str) -> str:
+    paper, ink, accent = COLOURS[mode]
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{figure.name}</title><link rel="icon" href="data:,">
+<style>:root {{ color-scheme: {mode}; --pst-color-text-base: {ink}; --pst-color-primary: {accent} }}
+body {{ background: {paper}; color: {ink}; margin: 8px }}</style>
+{script}<main><h1>{figure.name}</h1>{figure._repr_mimebundle_()["text/html"]}</main></html>"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Folder and address of pages NAME-MODE.html (module) and NAME-MODE-classic.html (the book's plain script)."""
+    spec = importlib.util.spec_from_file_location("segedu_book", ROOT / "book/_ext/segedu_book.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+
+    folder = tmp_path_factory.mktemp("figures")
+    module = widgets.MODULE.read_text()
+    (folder / "segedu.js").write_text(module)
+    (folder / "segedu.classic.js").write_text(extension.classic(module))
+    for name, figure in figures().items():
+        for mode in COLOURS:
+            html = page_html(figure, mode, '<script type="module" src="segedu.js"></script>')
+            (folder / f"{name}-{mode}.html").write_text(html)
+            html = page_html(figure, mode, '<script defer src="segedu.classic.js"></script>')
+            (folder / f"{name}-{mode}-classic.html").write_text(html)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def show(browser, site):
+    """show(name, mode, classic, width) -> a page. At the end: no console message, no request off the page's own site."""
+    folder, address = site
+    noise, contexts = [], []
+
+    def show(name: str, mode: str = "light", classic: bool = False, width: int = 800, **options):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("request", lambda request: own(request.url) or noise.append(request.url))
+        page.goto((folder / f"{name}-{mode}-classic.html").as_uri() if classic else f"{address}/{name}-{mode}.html")
+        return page
+
+    def own(url: str) -> bool:
+        return url.startswith((address, folder.as_uri(), "data:"))
+
+    yield show
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+def value(page) -> dict:
+    return page.evaluate("document.querySelector('seg-figure').value")
+
+
+def labels_of(page, height: int, width: int) -> torch.Tensor:
+    runs = np.array(value(page)["labels"]).reshape(-1, 2)
+    return torch.from_numpy(np.repeat(runs[:, 0], runs[:, 1])).reshape(height, width)
+
+
+def numbers(page, caption: str) -> dict[str, float]:
+    """The visible rows of a table, as the reader sees them."""
+    rows = page.get_by_role("table", name=caption).locator("tbody tr:visible").all()
+    texts = {row.locator("th").inner_text().strip(): row.locator("td.value").inner_text() for row in rows}
+    return {name: math.nan if text == "–" else float(text) for name, text in texts.items()}
+
+
+def expected_lab_scores(page) -> tuple[Scores, float]:
+    target = widgets._street_corner()
+    labels = labels_of(page, *target.shape)
+    classes = [*widgets.LAB_CLASSES]
+    if value(page)["count_void"]:
+        target = target.where(target != VOID, CLASSES)
+        classes.append("void")
+    scores = Scores(confusion_matrix(labels, target, len(classes)), classes=classes)
+    return scores, class_boundary_f1(labels, target, len(classes), tolerance=0.025).nanmean().item()
+
+
+def check_lab(page) -> Scores:
+    """All numbers of the lab, computed and shown, are those of segedu.metrics on the same cells."""
+    scores, boundary = expected_lab_scores(page)
+    got = value(page)
+    assert got["matrix"] == scores.matrix.flatten().tolist()
+    for key in ("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"):
+        assert got[key] == pytest.approx(getattr(scores, key), abs=1e-12), key
+    assert got["boundary_f1"] == pytest.approx(boundary, abs=1e-12)
+    np.testing.assert_allclose(np.array(got["iou"], float), scores.iou.numpy(), atol=1e-12)
+    shown = numbers(page, "Scores")
+    wanted = {
+        "mean IU": scores.miou,
+        "pixel accuracy": scores.pixel_accuracy,
+        "mean accuracy": scores.mean_accuracy,
+        "frequency weighted IU": scores.fw_iou,
+        "boundary F1": boundary,
+    }
+    assert shown == pytest.approx(wanted, abs=6e-4)
+    per_class = dict(zip(scores.classes, scores.iou.tolist(), strict=True))
+    assert numbers(page, "IU of each class") == pytest.approx(per_class, abs=6e-4, nan_ok=True)
+    return scores
+
+
+def at_cell(page, row: float, col: float) -> tuple[float, float]:
+    """Where on the page the middle of a cell of the painted picture is."""
+    box = page.get_by_role("application").bounding_box()
+    return box["x"] + (col + 0.5) / 32 * box["width"], box["y"] + (row + 0.5) / 24 * box["height"]
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_lab_opens_on_the_baseline_and_every_start_agrees_with_the_metrics(show, classic):
+    page = show("metric-lab", classic=classic)
+    scores = check_lab(page)
+    assert scores.pixel_accuracy > 0.6 and scores.miou < 0.2
+    seen = {}
+    for void in (False, True):
+        page.get_by_role("checkbox", name="Count void").set_checked(void)
+        for preset in figures()["metric-lab"].state["presets"]:
+            page.get_by_role("button", name=preset["name"], exact=True).click()
+            seen[preset["name"], void] = check_lab(page).miou
+    assert seen["Perfect", False] == seen["Rim as background", False] == 1
+    assert seen["Perfect", True] < 0.9 and seen["Rim as background", True] < 0.9
+
+
+def test_lab_paints_by_mouse(show):
+    page = show("metric-lab", classic=True)
+    before = check_lab(page).miou
+    page.get_by_role("radio", name="pole").check(force=True)
+    x, y = at_cell(page, 3, 12)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(*at_cell(page, 20, 12), steps=3)  # the cells between two pointer events are painted too
+    page.mouse.up()
+    scores = check_lab(page)
+    assert scores.iou[4] == 1 and scores.miou > before
+    page.get_by_role("radio", name="3 × 3").check(force=True)
+    page.mouse.click(*at_cell(page, 0, 31))
+    assert check_lab(page).matrix[0, 4] == 4  # a corner of the brush
+
+
+def test_lab_paints_by_touch(show):
+    page = show("metric-lab", width=390, has_touch=True)
+    page.get_by_role("radio", name="pole").check(force=True)
+    page.touchscreen.tap(*at_cell(page, 10, 12))
+    assert check_lab(page).matrix[4, 4] == 1
+
+
+def test_lab_paints_by_keyboard(show):
+    page = show("metric-lab")
+    paper = page.get_by_role("application")
+    page.get_by_role("button", name="All background").focus()
+    for _ in range(12):  # no more stops than this from the first button to the picture
+        page.keyboard.press("Tab")
+        if page.evaluate("document.querySelector('seg-figure').shadowRoot.activeElement?.tagName") == "CANVAS":
+            break
+    assert paper.evaluate("element => element.matches(':focus-visible')")
+    page.keyboard.press("5")
+    assert page.get_by_role("radio", name="pole").is_checked()
+    page.keyboard.press("Shift+ArrowLeft")  # from row 12, column 16 to column 12, the pole
+    for _ in range(3):
+        page.keyboard.press("Space")
+        page.keyboard.press("ArrowDown")
+    assert check_lab(page).matrix[4].tolist() == [15, 0, 0, 0, 3]
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+
+
+def test_mixer_is_the_model(show):
+    page = show("skip-mixer", classic=True)
+    val = sg.Toytown("val")
+    for scene in (0, 1):
+        image, target = val[scene]
+        page.get_by_role("radio", name=str(scene + 1)).check(force=True)
+        names = ["score_fr", "score_pool4", "score_pool3"]
+        with sg.record(model(), names) as maps:
+            sg.predict(model(), image)
+        for button, weights in ("32 only", (1, 0, 0)), ("32 + 16", (1, 1, 0)), ("32 + 16 + 8", (1, 1, 1)):
+            page.get_by_role("button", name=button, exact=True).click()
+            mixed = widgets.mix(model(), [maps[name] for name in names], weights, image).argmax(0)
+            labels = labels_of(page, *target.shape)
+            assert labels.unique().numel() > 2
+            assert (labels == mixed).float().mean() >= 0.999
+            scores = Scores.of(labels, target, 11)
+            for key in ("miou", "pixel_accuracy", "fw_iou", "boundary_f1"):
+                assert value(page)[key] == pytest.approx(getattr(scores, key), abs=1e-12), key
+            assert numbers(page, "Scores of this picture")["mean IU"] == pytest.approx(scores.miou, abs=6e-4)
+        assert (labels == sg.predict(model(), image)).float().mean() >= 0.999  # weights 1, 1, 1: FCN-8s itself
+
+
+def test_mixer_moves_by_keyboard_and_mouse(show):
+    page = show("skip-mixer")
+    before = value(page)
+    middle = page.get_by_role("slider", name="Weight of the stride 16 scores")
+    middle.focus()
+    page.keyboard.press("ArrowRight")
+    assert value(page)["weights"] == [1, 0.05, 0]
+    page.keyboard.press("End")
+    assert value(page)["weights"] == [1, 1, 0]
+    assert page.get_by_role("button", name="32 + 16", exact=True).get_attribute("aria-pressed") == "true"
+    fine = page.get_by_role("slider", name="Weight of the stride 8 scores")
+    box = fine.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert value(page)["weights"] == [1, 1, pytest.approx(0.5, abs=0.06)]
+    assert value(page)["miou"] != before["miou"] and value(page)["labels"] != before["labels"]
+
+
+def test_mixer_looks_into_a_pixel(show):
+    page = show("skip-mixer")
+    page.get_by_role("button", name="32 + 16 + 8").click()
+    page.get_by_role("application").focus()
+    page.keyboard.press("Shift+ArrowUp")
+    table = page.get_by_role("table", name="Pixel in row 41, column 65")
+    image, _ = sg.Toytown("val")[0]
+    with torch.no_grad():
+        probabilities = model()(image[None])[0, :, 40, 64].softmax(0)
+    name = sg.Toytown("val").classes[probabilities.argmax()]
+    row = table.get_by_role("row", name=name)
+    assert float(row.locator("td").last.inner_text()) == pytest.approx(probabilities.max().item(), abs=0.006)
+
+
+@pytest.mark.parametrize("mode", COLOURS)
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer"])
+def test_accessible(show, name, mode):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = show(name, mode)
+    page.get_by_role("button").nth(1).click()
+    results = Axe().run(page, options={"resultTypes": ["violations", "passes", "incomplete"]})
+    assert results.violations_count == 0, results.generate_report()
+    contrast = {kind: [] for kind in ("passes", "incomplete")}
+    for kind, nodes in contrast.items():
+        nodes += [n for rule in results.response[kind] if rule["id"] == "color-contrast" for n in rule["nodes"]]
+    assert len(contrast["passes"]) > 20 and contrast["incomplete"] == []  # the figure's own text was looked at
+
+
+@pytest.mark.parametrize("width", [320, 390, 800])
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer"])
+def test_fits(show, name, width):
+    page = show(name, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    scrolled = "[...document.querySelector('seg-figure').shadowRoot.querySelectorAll('*')].filter(e => e.clientWidth > 2 && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"
+    assert page.evaluate(scrolled) == []
+
+
+def test_still_picture_without_javascript(show):
+    page = show("metric-lab", java_script_enabled=False)
+    still = page.get_by_role("img", name="Truth and three predictions")
+    assert still.bounding_box()["width"] > 300

@@ -1,0 +1,139 @@
+"""Figures from tensors: what is drawn, in which numbers, and that nothing global is touched."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segedu as sg
+from segedu import plots
+
+PALETTE = torch.tensor([[200, 200, 200], [0, 0, 255], [255, 0, 0]], dtype=torch.uint8)
+CLASSES = ["road", "car", "person"]
+
+
+@pytest.fixture
+def scene():
+    target = torch.zeros(24, 32, dtype=torch.long)
+    target[8:16, 8:16], target[4:20, 24] = 1, 2
+    target[7, 8:16] = 255
+    return torch.rand(3, 24, 32, generator=torch.manual_seed(0)), target
+
+
+def every_figure(scene):
+    image, target = scene
+    labels = target.clamp(max=1)
+    return {
+        "masks": plots.masks(image, {"truth": target, "FCN": labels}, PALETTE, CLASSES),
+        "errors": plots.errors(labels, target),
+        "answer": plots.answer(image, target, labels, PALETTE, CLASSES),
+        "maps": plots.maps(image),
+        "curves": plots.curves({"32s": [[3, 2, 1], [4, 2, 1.5]], "8s": torch.tensor([3.0, 1, 0.5])}),
+        "bars": plots.bars({"32s": [0.5, 0.6], "8s": [0.7, 0.8]}),
+        "field": plots.field(image, sg.receptive.Field(10, 8, 3.5), image[0], (1, 2)),
+        "matrix": plots.matrix(torch.tensor([[9, 1, 0], [2, 6, 2], [0, 0, 0]]), CLASSES),
+    }
+
+
+def test_same_bytes_every_time_and_at_most_the_text_width(scene):
+    first, second = every_figure(scene), every_figure(scene)
+    for name, figure in first.items():
+        png = figure._repr_png_()
+        assert png == second[name]._repr_png_(), name
+        with Image.open(__import__("io").BytesIO(png)) as picture:
+            assert picture.width <= 1.05 * plots.WIDTH * 120, name
+            assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255), name
+
+
+def test_no_global_state(scene):
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        other = every_figure(scene)["bars"]._repr_png_()
+        assert matplotlib.rcParams["font.size"] == 30
+    assert other == every_figure(scene)["bars"]._repr_png_()
+    code = "import sys; from segedu import plots; plots.maps(__import__('torch').rand(2, 4, 4)); assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_notebook_shows_a_figure_once(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = ["from segedu import plots; import torch\nplots.maps(torch.ones(2, 4, 4))"]
+    cells += ["import matplotlib.pyplot as plt\nplots.maps(torch.ones(2, 4, 4))"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    for cell in notebook.cells:
+        assert [sorted(output.data) for output in cell.outputs] == [["image/png", "text/plain"]]
+
+
+def test_masks_draw_the_palette_and_stripe_void(scene):
+    image, target = scene
+    figure = plots.masks(image, {"truth": target}, PALETTE, CLASSES)
+    assert [ax.get_title() for ax in figure.axes] == ["image", "truth"]
+    drawn = figure.axes[1].images[0].get_array()
+    zoom = drawn.shape[0] // 24
+    assert drawn.shape == (24 * zoom, 32 * zoom, 3)
+    assert tuple(drawn[0, 0]) == (200, 200, 200) and tuple(drawn[10 * zoom, 10 * zoom]) == (0, 0, 255)
+    assert set(np.unique(drawn[7 * zoom : 8 * zoom, 8 * zoom : 16 * zoom])) == {120, 255}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*CLASSES, "void"]
+
+
+def test_masks_name_a_label_without_colour(scene):
+    with pytest.raises(ValueError, match=r"below 3.*got 7"):
+        plots.masks(None, {"FCN": torch.full((4, 4), 7)}, PALETTE)
+
+
+def test_errors_count_labelled_pixels_only(scene):
+    _, target = scene
+    figure = plots.errors(torch.zeros_like(target), target)
+    assert figure.axes[0].get_title() == f"{(64 + 16) / (24 * 32 - 8):.1%} of the pixels wrong"
+
+
+def test_maps_share_a_scale_and_say_what_is_wrong():
+    figure = plots.maps(torch.arange(20.0).reshape(20, 1, 1).expand(20, 3, 4), limit=6)
+    panels = [ax for ax in figure.axes if ax.images and ax.get_title().startswith("map")]
+    assert len(panels) == 6 and len({ax.images[0].get_clim() for ax in panels}) == 1
+    with pytest.raises(ValueError, match=r"\(C, H, W\)"):
+        plots.maps(torch.ones(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="names must be 3"):
+        plots.maps(torch.ones(3, 4, 4), ["a"])
+
+
+def test_curves_are_the_mean_with_a_band_from_least_to_most():
+    figure = plots.curves({"8s": [[1.0, 2.0, 3.0], [3.0, 4.0, 7.0]]}, smooth=2)
+    ax = figure.axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [2.0, 2.5, 4.0])  # means of 2; the first has one value
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 1.0 and band[:, 1].max() == 5.5
+
+
+def test_bars_show_every_seed():
+    flat = plots.bars({"32s": [0.4, 0.6], "8s": [0.7]}).axes[0]
+    assert [bar.get_height() for bar in flat.patches] == pytest.approx([0.5, 0.7])
+    assert [line.get_ydata().tolist() for line in flat.lines] == [[0.4, 0.6], [0.7]]
+    grouped = plots.bars({"32s": {"small": [0.1], "large": [0.9]}, "8s": {"small": [0.3], "large": [0.8]}}).axes[0]
+    assert [label.get_text() for label in grouped.get_xticklabels()] == ["small", "large"]
+    assert [text.get_text() for text in grouped.get_legend().get_texts()] == ["32s", "8s"]
+
+
+def test_field_box_is_where_the_model_sees():
+    """The box of a plain 3x3 stride 2 convolution with padding 1: cell (2, 3) sees rows 3 to 5, columns 5 to 7."""
+    conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    model = torch.nn.Sequential(conv)
+    field = sg.receptive_field(model, "0")
+    image = torch.rand(3, 9, 13, generator=torch.manual_seed(0))
+    effective = torch.zeros(9, 13)
+    effective[3:6, 5:8] = 1
+    box = plots.field(image, field, effective, (2, 3)).axes[0].patches[0]
+    rows, columns = np.nonzero(effective.numpy())
+    assert (box.get_y(), box.get_x()) == (rows.min() - 0.5, columns.min() - 0.5)
+    assert (box.get_height(), box.get_width()) == (3, 3)
+
+
+def test_matrix_shows_shares_of_the_rows():
+    figure = plots.matrix(torch.tensor([[9, 1, 0], [2, 6, 2], [0, 0, 0]]), CLASSES)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["90", "10", "20", "60", "20"]
+    with pytest.raises(ValueError, match="for 2 classes"):
+        plots.matrix(torch.zeros(3, 3), CLASSES[:2])

@@ -1,0 +1,88 @@
+"""How fast the parts are: `python tools/bench.py`. A function for each entry; each prints its own lines."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median time of each call over `rounds`, the calls taking turns, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def masks(n: int, num_classes: int, void: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
+    """n label maps and targets of 360 x 480 (int64): regions as in a street scene, a tenth of the labels wrong."""
+    rng = torch.Generator().manual_seed(0)
+    coarse = torch.randn(n, num_classes, 12, 16, generator=rng)
+    target = torch.cat([F.interpolate(maps[None], (360, 480), mode="bilinear").argmax(1) for maps in coarse])
+    noise = torch.rand(target.shape, generator=rng)
+    labels = torch.where(noise < 0.1, torch.randint(0, num_classes, target.shape, generator=rng), target)
+    return labels, torch.where(torch.rand(target.shape, generator=rng) < void, 255, target)
+
+
+def confusion() -> None:
+    """100 masks of 360 x 480 with 11 classes and void, against torchmetrics and scikit-learn."""
+    import sklearn.metrics
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    from segedu.metrics import confusion_matrix
+
+    labels, target = masks(100, 11)
+
+    def scikit_learn() -> object:
+        seen = (target != 255).numpy()
+        return sklearn.metrics.confusion_matrix(target.numpy()[seen], labels.numpy()[seen], labels=range(11))
+
+    ours = "segedu"
+    seconds = median_seconds(
+        {
+            ours: lambda: confusion_matrix(labels, target, 11),
+            "torchmetrics": lambda: multiclass_confusion_matrix(labels, target, 11, ignore_index=255),
+            "torchmetrics, no checks": lambda: multiclass_confusion_matrix(
+                labels, target, 11, ignore_index=255, validate_args=False
+            ),
+            "scikit-learn": scikit_learn,
+        },
+        rounds=3,
+    )
+    print("confusion matrix, 100 masks of 360 x 480, 11 classes")
+    for name, value in seconds.items():
+        print(f"  {name:<24} {1000 * value:8.1f} ms {value / seconds[ours]:6.1f} x")
+
+
+def scores() -> None:
+    """All scores of one picture, as `evaluate` takes them."""
+    from segedu.metrics import Scores
+
+    labels, target = (x[0] for x in masks(1, 11))
+    seconds = median_seconds({"Scores.of": lambda: Scores.of(labels, target, 11)}, rounds=20)
+    print(f"all scores of one picture of 360 x 480, 11 classes\n  Scores.of {1000 * seconds['Scores.of']:24.1f} ms")
+
+
+def toytown(n: int = 200) -> None:
+    """Scenes drawn per second."""
+    from segedu.data import Toytown
+
+    scenes = Toytown("train", size=n)
+    start = time.perf_counter()
+    for i in range(n):
+        scenes[i]
+    print(f"Toytown\n  drawing {n / (time.perf_counter() - start):26.0f} scenes/s")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    confusion()
+    torch.set_num_threads(1)
+    print("1 thread")
+    scores()
+    toytown()

@@ -1,0 +1,133 @@
+"""Recorded runs: train, score, and write one JSON each to results/. Runs whose file is there are skipped.
+
+    python tools/record.py                    every experiment
+    python tools/record.py skips sampling     some of them
+    python tools/record.py camvid --seeds 0   with the data found through SEGEDU_DATA
+
+A run that was cut goes on from its checkpoint in runs/.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import segedu as sg
+from segedu.models.fcn import load_coarser, sampled_loss
+from segedu.training import Loss, pixel_loss
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"pad": 1, "width": 1 / 8}
+TOYTOWN = replace(sg.recipes.MINI, steps=1500, lr=4e-3)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what to build, on what, how. `start` may change the fresh model, by training a coarser one first."""
+
+    experiment: str
+    name: str
+    arguments: dict
+    recipe: sg.recipes.Recipe = TOYTOWN
+    data: str = "toytown"
+    loss: Loss = pixel_loss
+    start: Callable[[nn.Module, int], None] | None = None
+    chapter: str = "02_fcn"
+
+
+def staged(model: nn.Module, seed: int) -> None:
+    """FCN-32s, then FCN-16s from it, then `model` from that: a third of the steps each."""
+    data, recipe, coarse = sg.Toytown("train"), replace(TOYTOWN, steps=TOYTOWN.steps // 3), None
+    for stride in (32, 16):
+        fine = sg.FCN(len(data.classes), stride=stride, **SMALL)
+        if coarse is not None:
+            load_coarser(fine, coarse)
+        sg.fit(fine, data, recipe, seed=seed)
+        coarse = fine
+    load_coarser(model, coarse)
+
+
+def jobs() -> Iterator[Job]:
+    for stride in (32, 16, 8):
+        yield Job("skips", f"fcn{stride}s", {"stride": stride, **SMALL})
+    third = replace(TOYTOWN, steps=TOYTOWN.steps // 3)
+    yield Job("staged", "fcn8s-staged", {"stride": 8, **SMALL}, recipe=third, start=staged)
+    yield Job("at-once", "fcn8s-at-once", {"stride": 8, "at_once": True, **SMALL})
+    yield Job("learned-upsampling", "fcn8s-learned-upsampling", {"stride": 8, "learn_upsampling": True, **SMALL})
+    for keep in (1.0, 0.5, 0.25):
+        recipe = replace(TOYTOWN, steps=300, batch=round(4 / keep))
+        yield Job("sampling", f"fcn8s-keep{keep:g}", {"stride": 8, **SMALL}, recipe=recipe, loss=sampled_loss(keep))
+    for stride in (32, 8):
+        yield Job("camvid", f"fcn{stride}s", {"stride": stride, **SMALL}, recipe=sg.recipes.MINI_CAMVID, data="camvid")
+
+
+def git_hash() -> str:
+    """The commit, with "+" where files of the package differ from it."""
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "segedu"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    return commit.strip() + ("+" if changed else "")
+
+
+def record(job: Job, seed: int) -> None:
+    name = f"{job.name}-{job.data}-mini-seed{seed}"
+    file = ROOT / "results" / f"{name}.json"
+    if file.exists():
+        return
+    data = {"toytown": sg.Toytown, "camvid": sg.CamVid}[job.data]
+    train, test = data("train"), data("test")
+    torch.manual_seed(seed)
+    model = sg.FCN(len(train.classes), **job.arguments)
+    checkpoint = ROOT / "runs" / f"{name}.safetensors"
+    if job.start is not None and not checkpoint.exists():
+        job.start(model, seed)
+    run = sg.fit(model, train, job.recipe, seed=seed, loss=job.loss, checkpoint=checkpoint)
+    scores = sg.evaluate(model, test)
+    facts = {
+        "name": name,
+        "chapter": job.chapter,
+        "experiment": job.experiment,
+        "model": "FCN",
+        "arguments": job.arguments,
+        "data": job.data,
+        "split": "test",
+        "scale": "mini",
+        "seed": seed,
+        "recipe": asdict(job.recipe),
+        "git": git_hash(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "accelerate")},
+        "device": f"{run.device}, {torch.get_num_threads()} threads" if run.device == "cpu" else run.device,
+        "seconds": round(run.seconds, 1),
+        "peak_memory_mb": round(run.peak_memory_mb),
+        "loss": [round(value, 4) for value in run.loss],
+        "scores": scores.to_dict(),
+    }
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{name}: mean IU {scores.miou:.3f}, boundary F1 {scores.boundary_f1:.3f}, {run.seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    known = list(dict.fromkeys(job.experiment for job in jobs()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(known)}")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    args = parser.parse_args()
+    if unknown := set(args.experiments) - set(known):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    for seed in args.seeds:
+        for job in jobs():
+            if not args.experiments or job.experiment in args.experiments:
+                record(job, seed)
+
+
+if __name__ == "__main__":
+    main()
