@@ -19,7 +19,9 @@ SIZES = ("small", "medium", "large")
 SIZE_LIMITS = (0.005, 0.05)  # share of the picture: small < 0.5 %, medium 0.5 to 5 %, large > 5 %
 MIN_OBJECT = 4  # pixels; smaller components are specks of the annotation, not objects
 
-_CHUNK = 1 << 18  # pixels counted at once, so that the temporary arrays stay in the processor's cache
+# Pixels counted at once: temporary arrays stay in the processor's cache, and torch, which shares larger ones out among
+# threads that then wait for each other, keeps to one.
+_CHUNK = 32_000
 
 
 def confusion_matrix(labels: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -38,8 +40,9 @@ def confusion_matrix(labels: Tensor, target: Tensor, num_classes: int) -> Tensor
         low, high = torch.aminmax(x | y)  # a negative or large value in either shows in their bitwise or
         if low < 0 or high > 255:
             raise _out_of_range(x, y, num_classes)
-        counts += torch.bincount(torch.add(x, y, alpha=256), minlength=256 * 256)
-    counts = counts.view(256, 256)
+        found = torch.bincount(torch.add(y, x, alpha=256))
+        counts[: len(found)] += found
+    counts = counts.view(256, 256).T  # void, 255, is the fast index above, so that `found` is short
     matrix = counts[:num_classes, :num_classes]
     allowed = matrix.sum() + counts[VOID, :num_classes].sum() + counts[VOID, VOID]
     if allowed != target.numel():

@@ -41,7 +41,7 @@ class Recipe:
         return self.lr * rise * (1 - step / self.steps) ** self.power
 
 
-MINI = Recipe(steps=300, batch=8, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
+MINI = Recipe(steps=300, batch=8, lr=4e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
               source="ours: Toytown on two cores in seconds")  # fmt: skip
 MINI_CAMVID = Recipe(steps=600, batch=4, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=50, power=0.9,
                      crop=(256, 320), scale=(0.6, 1.2), flip=True,

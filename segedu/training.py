@@ -171,7 +171,8 @@ def evaluate(model: nn.Module, data: Dataset, *, device: str | None = None, prog
         labels = model(image[None].to(accelerator.device)).argmax(1)[0].cpu()
         scores = scores + Scores.of(labels, target, num_classes, classes=scores.classes)
     model.train(was_training)
-    return scores.reduce(accelerator.reduce) if accelerator.num_processes > 1 else scores
+    sums = (scores.matrix, scores.boundary, scores.sizes)
+    return Scores(*(accelerator.reduce(part.to(accelerator.device)) for part in sums), classes=scores.classes)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 def book(tmp_path_factory) -> Path:
     """The folder of the freshly built book. The build fails on any warning."""
     out = tmp_path_factory.mktemp("book")
-    command = ["make", "book", "SERVE=0", f"OUT={out}"]
+    command = ["make", "-o", ".venv/ready", "book", "SERVE=0", f"OUT={out}"]
     build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (out / "build.log").write_text(build.stdout + build.stderr)
     assert build.returncode == 0, (build.stdout + build.stderr)[-5000:]

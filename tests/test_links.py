@@ -38,7 +38,7 @@ def test_foreign_links_are_https(path):
 
 
 def build(root, out):
-    command = ["make", "-C", root, "book", "SERVE=0", f"OUT={out}"]
+    command = ["make", "-o", ".venv/ready", "-C", root, "book", "SERVE=0", f"OUT={out}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return {page.name: page.read_text() for page in (out / "_build/html").rglob("*.html")}

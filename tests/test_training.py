@@ -157,11 +157,15 @@ def test_killed_at_a_random_step_it_ends_with_the_same_weights(tmp_path):
 TWO = """
 import sys, torch, segedu as sg
 from test_training import Stripes
+
+def processes():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
 torch.manual_seed(0)
 model = sg.FCN(2, pad=1, width=1 / 16)
 model.dropout.p = 0.0
 run = sg.fit(model, Stripes(), sg.recipes.Recipe(steps=4, batch=4, lr=1e-2), val=Stripes(), device="cpu", progress=False)
-torch.save((run.loss, dict(model.state_dict()), run.scores.matrix), sys.argv[1])
+torch.save((run.loss, dict(model.state_dict()), run.scores.matrix, run.scores.boundary, processes()), sys.argv[1])
 """
 
 
@@ -172,20 +176,23 @@ def test_two_processes_train_and_score_as_one(tmp_path):
         "PYTHONPATH": str(Path(__file__).parent),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     results = []
     for count in (1, 2):
         file = tmp_path / f"{count}.pt"
-        command = [*launch, "--num_processes", str(count), str(tmp_path / "two.py"), str(file)]
+        several = ["--multi_gpu"] if count > 1 else ["--cpu"]
+        command = [*launch, *several, "--num_processes", str(count), str(tmp_path / "two.py"), str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(file))
-    (loss1, weights1, matrix1), (loss2, weights2, matrix2) = results
+    (loss1, weights1, matrix1, boundary1, count1), (loss2, weights2, matrix2, boundary2, count2) = results
+    assert (count1, count2) == (1, 2)
     torch.testing.assert_close(torch.tensor(loss1), torch.tensor(loss2), rtol=1e-4, atol=1e-5)
     for key in weights1:
         torch.testing.assert_close(weights1[key], weights2[key], rtol=1e-4, atol=1e-5)
     assert matrix2.sum() == matrix1.sum() == 8 * 31 * 32
+    assert boundary2[1] == boundary1[1] == 8
 
 
 def test_bf16_trains_in_float32_weights():

@@ -25,7 +25,7 @@ from segedu.training import Loss, pixel_loss
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"pad": 1, "width": 1 / 8}
-TOYTOWN = replace(sg.recipes.MINI, steps=1500, lr=4e-3)
+TOYTOWN = replace(sg.recipes.MINI, steps=1500)
 
 
 @dataclass(frozen=True)

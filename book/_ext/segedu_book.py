@@ -2,14 +2,11 @@
 
 import ast
 import importlib.util
-import json
 import re
 import shutil
 from pathlib import Path
-from statistics import mean, stdev
 
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +20,16 @@ REPAIRS = [
     (r'<div id="pst-primary-sidebar"', r'\g<0> role="region" aria-label="Book"'),  # axe: content outside of landmarks
     (r' role="list"(?= class="citation-list")| role="doc-biblioentry"', ""),  # axe: roles that ARIA has given up
 ]
+
+
+SCORES = {
+    "mean IoU": "scores.miou",
+    "pixel accuracy": "scores.pixel_accuracy",
+    "mean accuracy": "scores.mean_accuracy",
+    "f.w. IoU": "scores.fw_iou",
+    "boundary F1": "scores.boundary_f1",
+}
+COSTS = {"seconds": "seconds", "peak memory, MB": "peak_memory_mb"}
 
 
 def drop_links_without_address(app, config):
@@ -83,55 +90,34 @@ def repair_pages(app, error):
         page.write_text(text)
 
 
-class Generated(SphinxDirective):
-    """A page part that is written in Markdown by a function of the repository's files."""
+class Ledger(SphinxDirective):
+    """All recorded runs of results/, a table per chapter, a row for the runs that differ in the seed only."""
 
     def run(self):
-        node = nodes.container()
-        self.state.nested_parse(StringList(self.markdown()), self.content_offset, node)
-        return node.children
+        from segedu import results
 
-
-def spread(values: list[float]) -> str:
-    text = f"{100 * mean(values):.1f}"
-    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
-
-
-class Ledger(Generated):
-    """All recorded runs of results/*.json, one row for the runs that differ in the seed only."""
-
-    def markdown(self):
-        groups = {}
-        for path in sorted((ROOT / "results").glob("*.json")):
+        for path in (ROOT / "results").glob("*.json"):
             self.env.note_dependency(str(path))
-            run = json.loads(path.read_text())
-            same = [run[key] for key in ("chapter", "model", "arguments", "data", "scale", "recipe", "device")]
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-        if not groups:
-            return ["No run is recorded yet."]
-        lines = [
-            "| chapter | model | data | scale | seeds | mean IoU % | pixel acc. % | boundary F1 % | minutes | commit |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for runs in groups.values():
-            first = runs[0]
-            arguments = ", ".join(f"{key}={value}" for key, value in first["arguments"].items())
-            scores = [
-                spread([run["scores"][key] for run in runs if run["scores"].get(key) is not None] or [float("nan")])
-                for key in ("miou", "pixel_accuracy", "boundary_f1")
-            ]
-            cells = [
-                first["chapter"],
-                f"`{first['model']}({arguments})`",
-                str(first["data"]),
-                first["scale"],
-                ", ".join(str(run["seed"]) for run in runs),
-                *scores,
-                f"{mean(run['seconds'] for run in runs) / 60:.1f}",
-                ", ".join(sorted({str(run["git"])[:7] for run in runs})),
-            ]
-            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-        return lines
+        chapters = {}
+        for run in results.load():
+            group = re.sub(r"-?seed\d+$", "", run["name"])
+            chapters.setdefault(run["chapter"], {}).setdefault(group, []).append(run)
+        lines = [] if chapters else ["No run is recorded yet."]
+        for chapter, groups in chapters.items():
+            scores = results.table(groups, SCORES)
+            costs = results.table(groups, COSTS, digits=0)
+            head = ["runs named", "model", *scores.head[1:], *costs.head[2:], "device", "commit"]
+            lines += ["", f"## {chapter}", "", row(head), row(["---"] * len(head))]
+            for score, cost, runs in zip(scores.rows, costs.rows, groups.values(), strict=True):
+                arguments = ", ".join(f"{key}={value}" for key, value in runs[0]["arguments"].items())
+                model = f"`{runs[0]['model']}({arguments})`"
+                commits = ", ".join(sorted({run["git"][:7] for run in runs}))
+                lines.append(row([score[0], model, *score[1:], *cost[2:], runs[0]["device"], commits]))
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def signature(node: ast.AST) -> str:
