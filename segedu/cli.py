@@ -14,6 +14,7 @@ from segedu import recipes
 from segedu.backbones import load_imagenet
 from segedu.checkpoint import load_checkpoint, read_checkpoint
 from segedu.data import CamVid, Toytown
+from segedu.data.camvid import data_root
 from segedu.models.fcn import FCN, sum_loss
 from segedu.training import as_image, evaluate, fit, pixel_loss, predict
 
@@ -90,6 +91,11 @@ def paint(args: argparse.Namespace) -> None:
     print(f"labels {out / f'{stem}-mask.png'}, picture with classes {out / f'{stem}-overlay.png'}")
 
 
+def fetch(args: argparse.Namespace) -> None:
+    CamVid("train", download=True)
+    print(f"CamVid is in {data_root() / 'camvid'}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("segedu", description="Train, score and use the models of the book.")
     verbs = parser.add_subparsers(required=True, metavar="train | evaluate | predict | download")
@@ -119,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     verb = verbs.add_parser("download", help="fetch a data set")
     verb.add_argument("data", choices=("camvid",))
-    verb.set_defaults(call=lambda args: print(f"CamVid is at {CamVid('train', download=True).root}"))
+    verb.set_defaults(call=fetch)
 
     args = parser.parse_args(arguments)
     try:

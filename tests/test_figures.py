@@ -15,6 +15,8 @@ import segedu as sg
 from segedu import widgets
 from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
@@ -286,7 +288,8 @@ def test_accessible(show, name, mode):
 def test_fits(show, name, width):
     page = show(name, width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    scrolled = "[...document.querySelector('seg-figure').shadowRoot.querySelectorAll('*')].filter(e => e.clientWidth > 2 && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"
+    scrolled = """[...document.querySelector('seg-figure').shadowRoot.querySelectorAll('*')]
+        .filter(e => e.clientWidth > 2 && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""
     assert page.evaluate(scrolled) == []
 
 

@@ -104,20 +104,17 @@ class Ledger(SphinxDirective):
             chapters.setdefault(run["chapter"], {}).setdefault(group, []).append(run)
         lines = [] if chapters else ["No run is recorded yet."]
         for chapter, groups in chapters.items():
-            scores = results.table(groups, SCORES)
             costs = results.table(groups, COSTS, digits=0)
-            head = ["runs named", "model", *scores.head[1:], *costs.head[2:], "device", "commit"]
-            lines += ["", f"## {chapter}", "", row(head), row(["---"] * len(head))]
-            for score, cost, runs in zip(scores.rows, costs.rows, groups.values(), strict=True):
+            for row, runs in zip(costs.rows, groups.values(), strict=True):
                 arguments = ", ".join(f"{key}={value}" for key, value in runs[0]["arguments"].items())
-                model = f"`{runs[0]['model']}({arguments})`"
                 commits = ", ".join(sorted({run["git"][:7] for run in runs}))
-                lines.append(row([score[0], model, *score[1:], *cost[2:], runs[0]["device"], commits]))
+                row[1:2] = [f"`{runs[0]['model']}({arguments})`", runs[0]["device"], commits]
+            costs.head[1:2] = ["model", "device", "commit"]
+            lines += ["", f"## {chapter}"]
+            for table in (results.table(groups, SCORES), costs):
+                rows = [table.head, ["---"] * len(table.head), *table.rows]
+                lines += ["", *("| " + " | ".join(cells) + " |" for cells in rows)]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
-
-
-def row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def signature(node: ast.AST) -> str:

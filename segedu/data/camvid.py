@@ -57,6 +57,9 @@ class CamVid:
     cannot be used, FileNotFoundError where frames are missing, ConnectionError if the download fails.
     """
 
+    classes = list(PALETTE)
+    palette = torch.tensor(list(PALETTE.values()), dtype=torch.uint8)
+
     def __init__(self, split: str, root: str | Path | None = None, download: bool = False) -> None:
         if split not in FRAMES:
             raise ValueError(f"split must be one of {', '.join(FRAMES)}, got {split!r}")
@@ -66,8 +69,6 @@ class CamVid:
         self.split = split
         self.files = pairs(folder, split)
         self.names = [image.stem for image, _ in self.files]
-        self.classes = list(PALETTE)
-        self.palette = torch.tensor(list(PALETTE.values()), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.files)

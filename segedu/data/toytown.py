@@ -553,6 +553,9 @@ class Toytown:
     Raises ValueError for an unknown split or a negative size, IndexError for an index outside the set.
     """
 
+    classes = list(PALETTE)
+    palette = torch.tensor(list(PALETTE.values()), dtype=torch.uint8)
+
     def __init__(
         self,
         split: str,
@@ -571,8 +574,6 @@ class Toytown:
             raise ValueError(f"size and seed must not be negative, got size={self.size}, seed={seed}")
         self.split, self.seed = split, seed
         self.knobs = {"river": river, "poles": poles, "near": near}
-        self.classes = list(PALETTE)
-        self.palette = torch.tensor(list(PALETTE.values()), dtype=torch.uint8)
         self.drawn: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
