@@ -43,7 +43,7 @@ class Recipe:
 
 MINI = Recipe(steps=300, batch=8, lr=4e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
               source="ours: Toytown on two cores in seconds")  # fmt: skip
-MINI_CAMVID = Recipe(steps=600, batch=4, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=50, power=0.9,
+MINI_CAMVID = Recipe(steps=1000, batch=4, lr=3e-3, optimizer="adamw", weight_decay=1e-4, warmup=50, power=0.9,
                      crop=(256, 320), scale=(0.6, 1.2), flip=True,
                      source="ours: CamVid on two cores in minutes")  # fmt: skip
 STANDARD = Recipe(steps=3000, batch=4, lr=1e-4, optimizer="adamw", weight_decay=1e-4, warmup=100, power=0.9,

@@ -112,7 +112,7 @@ class Ledger(SphinxDirective):
             costs.head[1:2] = ["model", "device", "commit"]
             lines += ["", f"## {chapter}"]
             for table in (results.table(groups, SCORES), costs):
-                rows = [table.head, ["---"] * len(table.head), *table.rows]
+                rows = [["file", *table.head[1:]], ["---"] * len(table.head), *table.rows]
                 lines += ["", *("| " + " | ".join(cells) + " |" for cells in rows)]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 

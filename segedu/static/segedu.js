@@ -26,7 +26,6 @@ p.hint { font-size: 0.8rem; margin: 0.5rem 0 0; }
 p.note { min-height: 2.9em; }
 .row { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; margin: 0 0 0.7rem; }
 .row.wide { gap: 0.4rem 1.1rem; }
-* + .legend { margin-top: 0.7rem; }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
 fieldset > legend { padding: 0; float: left; margin: 0.22rem 0.5rem 0 0; font-weight: 600; }
 fieldset > .row { margin: 0; }
@@ -77,7 +76,7 @@ table + table { margin-top: 0.9rem; }
 .numbers { font-size: 0.82rem; }
 .numbers th { white-space: nowrap; }
 .numbers thead th + th { text-align: right; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.15rem 0.8rem; padding: 0; margin: 0 0 0.7rem; font-size: 0.8rem; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.15rem 0.8rem; padding: 0; margin: 0.7rem 0; font-size: 0.8rem; }
 .silent { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
 @media (prefers-reduced-motion: no-preference) { .track i { transition: width 0.15s; } }
