@@ -1,6 +1,7 @@
 """Recorded runs: one JSON file each in results/, written by tools/record.py. Every measured number in the text is here."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Table:
 
 
 def table(groups: Mapping[str, Sequence[dict]], columns: Mapping[str, str], digits: int = 3) -> Table:
-    """Mean ± standard deviation over the runs of each group; "not run" for an empty group, no ± for a single run.
+    """Mean ± standard deviation over the runs of each group; "not run" for an empty group, no ± for a single run, "-" where no
+    run has the number.
 
     Args:
         groups: row name -> runs (seeds of one setting).
@@ -68,8 +70,11 @@ def table(groups: Mapping[str, Sequence[dict]], columns: Mapping[str, str], digi
             continue
         cells = []
         for path in columns.values():
-            numbers = [value(run, path) for run in runs]
+            numbers = [number for run in runs if not math.isnan(number := value(run, path))]
+            if not numbers:
+                cells.append("-")
+                continue
             spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
             cells.append(f"{statistics.fmean(numbers):.{digits}f}{spread}")
         rows.append([name, str(len(runs)), *cells])
-    return Table(["", "runs", *columns], rows)
+    return Table(["setting", "runs", *columns], rows)

@@ -62,7 +62,9 @@ def published(tmp_path_factory):
     """A git repository of the working tree, as a fork would have pushed it."""
     folder = tmp_path_factory.mktemp("published")
     for name in call("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split():
-        if (ROOT / name).is_file() and name.startswith(("segedu/", "pyproject.toml", "README.md", "LICENSE")):
+        if (ROOT / name).is_file() and name.startswith(
+            ("segedu/", "results/", "pyproject.toml", "README.md", "LICENSE")
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", folder]

@@ -1,4 +1,4 @@
-"""Links inside the repository lead to files, and links to Colab lead to notebooks that are in git."""
+"""Links inside the repository lead to files and folders, and links to Colab lead to notebooks that are in git."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def markdown(path):
 def test_relative_links_lead_somewhere(path):
     for link in LINK.findall(markdown(path)):
         if not re.match(r"[a-z]+:|#", link):
-            assert (path.parent / unquote(link.split("#")[0])).is_file(), f"{path.name} links {link}"
+            assert (path.parent / unquote(link.split("#")[0])).exists(), f"{path.name} links {link}"
 
 
 @pytest.mark.parametrize("path", PAGES + CHAPTERS, ids=lambda path: path.name)

@@ -1,0 +1,41 @@
+"""Recorded runs: what a file must hold, and the tables made of them."""
+
+import json
+from statistics import fmean, stdev
+
+import pytest
+from conftest import ROOT
+
+from segedu import metrics, results
+
+FILES = sorted((ROOT / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recorded_run_is_whole_and_agrees_with_itself(file):
+    run = json.loads(file.read_text())
+    assert file.stem == run["name"] and run["name"].endswith(f"{run['data']}-{run['scale']}-seed{run['seed']}")
+    assert len(run["loss"]) == run["recipe"]["steps"] and run["seconds"] > 0 and run["git"] and run["versions"]["torch"]
+    matrix = metrics.Scores(run["scores"]["matrix"])
+    for name in ("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"):
+        assert run["scores"][name] == pytest.approx(getattr(matrix, name))
+
+
+def test_skips_help_at_every_seed():
+    """Chapter 02: 8s above 16s above 32s in mean IU and boundary F1, over three seeds."""
+    runs = results.load("02_fcn", experiment="skips", scale="mini")
+    by = {(run["arguments"]["stride"], run["seed"]): run for run in runs}
+    for seed in (0, 1, 2):
+        for path in ("scores.miou", "scores.boundary_f1"):
+            fine, middle, coarse = (results.value(by[stride, seed], path) for stride in (8, 16, 32))
+            assert fine > middle > coarse, (seed, path)
+
+
+def test_table_by_hand():
+    runs = [{"a": {"b": 0.1}}, {"a": {"b": 0.2}}, {"a": {"b": None}}]
+    table = results.table({"both": runs, "one": runs[:1], "empty": [], "none": runs[2:]}, {"b": "a.b"}, digits=2)
+    mean, spread = fmean([0.1, 0.2]), stdev([0.1, 0.2])
+    assert table.rows == [["both", "3", f"{mean:.2f} ± {spread:.2f}"], ["one", "1", "0.10"], ["empty", "0", "not run"],
+                          ["none", "1", "-"]]  # fmt: skip
+    assert str(table).splitlines()[0].split() == ["setting", "runs", "b"]
+    assert table._repr_html_().count('<th scope="row">') == 4
