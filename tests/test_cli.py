@@ -48,5 +48,5 @@ def test_errors_are_one_line_without_a_trace(arguments, message, monkeypatch, tm
 
 
 def test_predict_names_what_is_missing(checkpoint):
-    with pytest.raises(SystemExit, match="no picture at nowhere.jpg"):
+    with pytest.raises(SystemExit, match=r"no picture at nowhere\.jpg"):
         cli.main(["predict", str(checkpoint), "nowhere.jpg"])
