@@ -87,6 +87,13 @@ def test_check_passes_a_clean_notebook(tmp_path):
     assert freeze.problems(path) == []
 
 
+def test_prints_are_stored_as_one():
+    out = {"output_type": "stream", "name": "stdout"}
+    result = {"output_type": "execute_result", "data": {"text/plain": "3"}}
+    pieces = [out | {"text": ["a\n"]}, out | {"text": "b\n"}, result, out | {"text": "c\n"}]
+    assert freeze.merged(pieces) == [out | {"text": "a\nb\n"}, result, out | {"text": "c\n"}]
+
+
 @pytest.mark.slow
 def test_freeze_is_reproducible(tmp_path):
     notebook = broken(

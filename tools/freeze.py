@@ -74,6 +74,18 @@ def clean_output(output: dict) -> dict | None:
     return output
 
 
+def merged(outputs: list[dict]) -> list[dict]:
+    """Neighbouring prints as one: how they arrive, in one piece or in several, is chance."""
+    whole = []
+    for output in outputs:
+        last = whole[-1] if whole else {}
+        if output["output_type"] == last.get("output_type") == "stream" and output["name"] == last["name"]:
+            last["text"] = text_of(last["text"]) + text_of(output["text"])
+        else:
+            whole.append(output)
+    return whole
+
+
 def clean(notebook) -> None:
     """In place: outputs, metadata, counts and cell ids as they are stored."""
     notebook.metadata = {
@@ -89,7 +101,7 @@ def clean(notebook) -> None:
         if cell["source"].strip():
             count += 1
         cell["execution_count"] = count if cell["source"].strip() else None
-        cell["outputs"] = [kept for kept in map(clean_output, cell["outputs"]) if kept is not None]
+        cell["outputs"] = merged([kept for kept in map(clean_output, cell["outputs"]) if kept is not None])
         for output in cell["outputs"]:
             if output["output_type"] == "execute_result":
                 output["execution_count"] = count
