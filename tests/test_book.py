@@ -41,6 +41,13 @@ class Visit:
         self.context.close()
 
 
+def accessible(page):
+    """Call it last: axe asks for style sheets again, and for one that is not there."""
+    violations = Axe().run(page).response["violations"]
+    assert not violations, [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in violations]
+    return True
+
+
 def test_toc_names_pages():
     assert len(PAGES) >= 9
     assert {"book/intro", "chapters/01_measuring", "chapters/02_fcn"} <= set(PAGES)
@@ -64,9 +71,7 @@ def test_page(name, scheme, serve, browser):
         for picture in visit.page.query_selector_all("article img"):
             alt = picture.get_attribute("alt") or ""
             assert len(alt) >= 10 and not re.search(r"\.(png|svg|jpe?g)$", alt), picture.get_attribute("src")
-        # Last: axe asks for style sheets again, and for one that is not there.
-        violations = Axe().run(visit.page).response["violations"]
-        assert not violations, [(rule["id"], [node["html"][:200] for node in rule["nodes"]]) for rule in violations]
+        assert accessible(visit.page)
 
 
 @pytest.mark.parametrize("name", [*PAGES, "search", "genindex", "index"])
@@ -75,6 +80,8 @@ def test_page_on_a_phone(name, serve, browser):
         assert visit.errors == []
         assert visit.hosts == {"127.0.0.1"}
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+        if name in PAGES:
+            assert accessible(visit.page)
 
 
 @pytest.mark.parametrize("name", ["book/intro", "chapters/01_measuring", "chapters/02_fcn"])

@@ -134,6 +134,7 @@ sg.fit(model, sg.Toytown("train", size=20), recipe, checkpoint=sys.argv[1], chec
 """
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_it_ends_with_the_same_weights(tmp_path):
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
@@ -169,6 +170,7 @@ torch.save((run.loss, dict(model.state_dict()), run.scores.matrix, run.scores.bo
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     environment = os.environ | {
