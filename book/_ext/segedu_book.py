@@ -18,7 +18,7 @@ REPAIRS = [
     (r'\s*<script[^>]*src="[^"]*fontawesome\.js[^"]*"></script>', ""),
     (r'\s*<script type="text/x-thebe-config">.*?</script>\s*<script>kernelName[^<]*</script>', ""),
     (r'<div id="pst-primary-sidebar"', r'\g<0> role="region" aria-label="Book"'),  # axe: content outside of landmarks
-    (r'<div class="output text_html"><table', r'\g<0> tabindex="0"'),  # axe: wide tables scroll, so keys must reach them
+    (r'<div class="output text_html"><table', r'\g<0> tabindex="0"'),  # axe: wide tables scroll by keys
     (r' role="list"(?= class="citation-list")| role="doc-biblioentry"', ""),  # axe: roles that ARIA has given up
 ]
 
