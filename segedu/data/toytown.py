@@ -153,7 +153,9 @@ class Canvas:
     def paint(self, box: Box, share: np.ndarray, colour: np.ndarray, thing: int | None = None) -> None:
         """Blend in `colour` by the covered `share` (h, w) of each pixel. `thing` takes the pixels covered by half."""
         view = self.image[:, *box]
-        view += share * (colour - view)
+        change = colour - view
+        change *= share
+        view += change
         if thing is not None:
             np.copyto(self.things[box], thing, where=share >= 0.5)
 
@@ -177,7 +179,8 @@ class Canvas:
             if leafy:
                 radius += min(0.2, 2 / min(rx, ry)) * self.mottle[box]
                 colour = colour * (1 + 0.1 * self.grain[box])
-            self.paint(box, cover((1 - radius) * min(rx, ry)) * opacity, colour, thing)
+            share = cover((1 - radius) * min(rx, ry))
+            self.paint(box, share if opacity == 1 else share * opacity, colour, thing)
 
     def polygon(self, points: Sequence[tuple[float, float]], colour: np.ndarray, thing: int | None = None) -> None:
         """A convex polygon, its corners in either sense of rotation."""
@@ -186,12 +189,13 @@ class Canvas:
             return
         edges = list(zip(points, [*points[1:], points[0]], strict=True))
         turn = 1 if sum(ax * by - bx * ay for (ax, ay), (bx, by) in edges) > 0 else -1
-        inside = np.float32(WIDTH)
+        lines = []  # through a corner, with the unit vector that points inwards
         for (ax, ay), (bx, by) in edges:
             length = turn * math.sqrt((bx - ax) * (bx - ax) + (by - ay) * (by - ay))
-            across, down = (ay - by) / length, (bx - ax) / length
-            inside = np.minimum(inside, (self.X[box[1]] - ax) * across + (self.Y[box[0]] - ay) * down)
-        self.paint(box, cover(inside), colour, thing)
+            lines.append((ax, ay, (ay - by) / length, (bx - ax) / length))
+        x, y, across, down = np.array(lines, np.float32).T[..., None, None]
+        inside = (self.X[box[1]] - x) * across + (self.Y[box[0]] - y) * down
+        self.paint(box, cover(inside.min(0)), colour, thing)
 
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Target (HEIGHT, WIDTH) uint8, VOID where a large thing ends, and the pixels of hulls (HEIGHT, WIDTH) bool."""
