@@ -85,7 +85,7 @@ def fit(
 
     Raises:
         ValueError: data, recipe, model and checkpoint do not fit together.
-        FloatingPointError: the loss is not finite; names the step. The last good checkpoint stays.
+        FloatingPointError: the loss, or a weight to be saved, is not finite; names the step. The last good checkpoint stays.
         OSError: a checkpoint cannot be written. The last good one stays.
     """
     accelerator = _accelerator(device, mixed_precision)
@@ -124,11 +124,7 @@ def fit(
                 value = loss(net, images.to(accelerator.device), target.to(accelerator.device))
             shown = accelerator.reduce(value.detach().clone(), "mean").item()
             if not math.isfinite(shown):
-                kept = f"the last good checkpoint is {path}" if path and path.exists() else "no checkpoint was kept"
-                raise FloatingPointError(
-                    f"the loss is {shown} at step {step} of {recipe.steps} (lr {recipe.lr_at(step):g}); {kept}. "
-                    "Lower lr, lengthen the warm-up or look at the pictures of this step"
-                )
+                raise _not_finite(f"the loss is {shown}", step, recipe, path)
             accelerator.backward(value)
             optimizer.step()
             optimizer.zero_grad()
@@ -137,6 +133,8 @@ def fit(
                 bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
             last = step + 1 == recipe.steps
             if path is not None and accelerator.is_main_process and (last or (step + 1) % checkpoint_every == 0):
+                if not all(p.isfinite().all() for p in model.parameters()):  # a finite loss can have a NaN gradient
+                    raise _not_finite("weights are not finite", step, recipe, path)
                 run.seconds = before + time.perf_counter() - began
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
                 facts |= {"loss": run.loss, "seconds": run.seconds, "about": about or {}, "scaler": scaler}
@@ -215,6 +213,14 @@ def as_image(image: Tensor | np.ndarray | str | Path) -> Tensor:
     if image.numel() == 0 or image.min() < 0 or image.max() > 1:
         raise ValueError(f"float pictures must lie in [0, 1], got {tuple(image.shape)}; divide 0-255 values by 255")
     return image.float()
+
+
+def _not_finite(what: str, step: int, recipe: Recipe, path: Path | None) -> FloatingPointError:
+    kept = f"the last good checkpoint is {path}" if path and path.exists() else "no checkpoint was kept"
+    return FloatingPointError(
+        f"{what} at step {step} of {recipe.steps} (lr {recipe.lr_at(step):g}); {kept}. "
+        "Lower lr, lengthen the warm-up or look at the pictures of this step"
+    )
 
 
 def _accelerator(device: str | None, mixed_precision: str) -> Accelerator:

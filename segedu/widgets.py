@@ -243,7 +243,7 @@ def skip_mixer(model: nn.Module, data, indices: Sequence[int] = (0, 1, 2)) -> Fi
     image, target, maps = stills[0]
     state = {
         "title": "Skip mixer",
-        "lead": "The three score maps of one trained FCN-8s. Only the coarsest, of stride 32, is in the sum now. "
+        "lead": "The three score maps of one trained FCN-8s. It opens with the coarsest alone, of stride 32. "
         "Add the finer ones and watch the outlines.",
         "rows": image.shape[1],
         "cols": image.shape[2],

@@ -107,4 +107,7 @@ def test_freeze_is_reproducible(tmp_path):
         freeze.freeze(path)
         stored.append(path.read_bytes())
     assert stored[0] == stored[1]
-    assert b"stderr" in stored[0].split(b'"source"')[-1] or b"True" in stored[0]
+    outputs = [output for cell in json.loads(stored[0])["cells"] for output in cell["outputs"]]
+    assert [(output.get("name"), output.get("text")) for output in outputs if output["output_type"] == "stream"] == [
+        ("stdout", ["True\n"])
+    ]

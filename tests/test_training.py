@@ -312,6 +312,22 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path):
+    path, calls = tmp_path / "run.safetensors", 0
+
+    def loss(model, images, target):
+        nonlocal calls
+        calls += 1
+        value = pixel_loss(model, images, target)
+        return value + (value * 0).sqrt() if calls == 4 else value  # a finite loss, a NaN gradient
+
+    with pytest.raises(FloatingPointError, match=r"weights are not finite at step 3 of 6.*last good checkpoint is"):
+        sg.fit(net(), Stripes(), SHORT, checkpoint=path, checkpoint_every=2, loss=loss, progress=False)
+    model = net()
+    assert len(load_checkpoint(path, model)["loss"]) == 2
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     path, calls, old = tmp_path / "run.safetensors", 0, b""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
