@@ -83,3 +83,35 @@ def learned_upsampling(channels: int, kernel: int, stride: int, bias: bool = Fal
         if bias:
             layer.bias.zero_()
     return layer
+
+
+def pool_with_switches(x: Tensor) -> tuple[Tensor, Tensor]:
+    """2x2 max pooling that remembers where each maximum stood: its switch (DeconvNet) or pooling index (SegNet).
+
+    (N, C, H, W) -> pooled and switches, both (N, C, ceil(H / 2), ceil(W / 2)). A switch is the flat place
+    row * W + column in its plane of x, as in torch and Caffe; two bits would do (SegNet, Sec. 3.1).
+    """
+    return F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
+
+
+def unpool(x: Tensor, switches: Tensor, like: Tensor) -> Tensor:
+    """Put each value back where its maximum stood; all other places are 0.
+
+    x and switches (N, C, h, w) -> (N, C, H, W), H and W those of `like`, the map that was pooled.
+    Source: DeconvNet, Sec. 3.2.1 and Fig. 3.
+
+    Raises:
+        ValueError: the switches are of another size than x, or were not taken from a map as large as `like`.
+    """
+    height, width = like.shape[-2:]
+    if x.shape != switches.shape:
+        raise ValueError(
+            f"unpool needs one switch for each value: x is {tuple(x.shape)}, the switches are {tuple(switches.shape)}; "
+            "take both from the same pooling and keep the number of channels"
+        )
+    if x.shape[-2:] != (-(-height // 2), -(-width // 2)):
+        raise ValueError(
+            f"pooling {height} x {width} gives {-(-height // 2)} x {-(-width // 2)}, but x is {x.shape[-2]} x "
+            f"{x.shape[-1]}; `like` must be the map that was pooled"
+        )
+    return F.max_unpool2d(x, switches, 2, output_size=(height, width))

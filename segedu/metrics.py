@@ -18,6 +18,7 @@ VOID = 255
 SIZES = ("small", "medium", "large")
 SIZE_LIMITS = (0.005, 0.05)  # share of the picture: small < 0.5 %, medium 0.5 to 5 %, large > 5 %
 MIN_OBJECT = 4  # pixels; smaller components are specks of the annotation, not objects
+BANDS = (1, 2, 4, 8)  # pixels from a border of the target
 
 # Pixels counted at once: temporary arrays stay in the processor's cache, and torch, which shares larger ones out among
 # threads that then wait for each other, keeps to one.
@@ -114,6 +115,31 @@ def size_recall(labels: Tensor, target: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([sums, np.bincount(size, minlength=3)], axis=1))
 
 
+def band_accuracy(labels: Tensor, target: Tensor) -> Tensor:
+    """Right and all pixels of one picture by their distance to a border: (H, W) and (H, W) -> float64 (5, 2).
+
+    Row i counts the pixels at most `BANDS[i]` px from a border of the target and farther than `BANDS[i - 1]`; the last
+    row those farther than every band. A border is where the target changes, to void as well; the pixels on both sides
+    of it are at distance 1. Void is not counted. The narrow bands together are the trimap of Kohli et al. 2009.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    labels, target = _one_picture(labels).cpu().numpy(), _one_picture(target).cpu().numpy()
+    edge = np.zeros(target.shape, dtype=bool)
+    down, right = target[1:] != target[:-1], target[:, 1:] != target[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= right
+    edge[:, :-1] |= right
+    distance = ndimage.distance_transform_edt(~edge) + 1 if edge.any() else np.full(target.shape, np.inf)
+    ring = np.searchsorted(BANDS, distance)[target != VOID]
+    correct = (labels == target)[target != VOID]
+    n = len(BANDS) + 1
+    counts = np.bincount(ring, weights=correct, minlength=n), np.bincount(ring, minlength=n)
+    return torch.from_numpy(np.stack(counts, axis=1).astype(np.float64))
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Scores of one picture or of many: `a + b` is the score of both together.
@@ -123,6 +149,7 @@ class Scores:
         boundary: (2,) sum of the pictures' boundary F1, and their number; none if left out.
         sizes: (3, 2) as from `size_recall`; none if left out.
         classes: K names.
+        bands: (5, 2) as from `band_accuracy`; none if left out.
 
     A class that is in neither target nor prediction has IU nan and is left out of the mean; one that is predicted but
     never there counts 0. A class that is not in the target has accuracy nan and is left out of the mean accuracy.
@@ -132,6 +159,7 @@ class Scores:
     boundary: Tensor | None = None
     sizes: Tensor | None = None
     classes: Sequence[str] | None = None
+    bands: Tensor | None = None
 
     def __post_init__(self) -> None:
         matrix = torch.as_tensor(self.matrix)
@@ -150,6 +178,8 @@ class Scores:
         object.__setattr__(self, "boundary", boundary.to("cpu", torch.float64))
         object.__setattr__(self, "sizes", sizes.to("cpu", torch.float64))
         object.__setattr__(self, "classes", names)
+        bands = torch.zeros(len(BANDS) + 1, 2) if self.bands is None else torch.as_tensor(self.bands)
+        object.__setattr__(self, "bands", bands.to("cpu", torch.float64))
 
     @classmethod
     def of(cls, labels: Tensor, target: Tensor, num_classes: int, classes: Sequence[str] | None = None) -> "Scores":
@@ -157,7 +187,7 @@ class Scores:
         matrix = confusion_matrix(labels, target, num_classes)
         boundary = boundary_f1(labels, target, num_classes)
         boundary = torch.tensor([0.0, 0.0] if math.isnan(boundary) else [boundary, 1.0], dtype=torch.float64)
-        return cls(matrix, boundary, size_recall(labels, target), classes)
+        return cls(matrix, boundary, size_recall(labels, target), classes, band_accuracy(labels, target))
 
     def __add__(self, other: "Scores") -> "Scores":
         if not isinstance(other, Scores):
@@ -165,7 +195,11 @@ class Scores:
         if self.classes != other.classes:
             raise ValueError(f"scores must be of the same classes, got {self.classes} and {other.classes}")
         return Scores(
-            self.matrix + other.matrix, self.boundary + other.boundary, self.sizes + other.sizes, self.classes
+            self.matrix + other.matrix,
+            self.boundary + other.boundary,
+            self.sizes + other.sizes,
+            self.classes,
+            self.bands + other.bands,
         )
 
     def __radd__(self, other: int) -> "Scores":
@@ -213,6 +247,14 @@ class Scores:
         """Mean recall of small, medium and large objects (see `size_recall`); nan where there is none."""
         return dict(zip(SIZES, (self.sizes[:, 0] / self.sizes[:, 1]).tolist(), strict=True))
 
+    @property
+    def by_band(self) -> dict[str, float]:
+        """Pixel accuracy within 1, 2, 4 and 8 px of a border, and beyond them (see `band_accuracy`); nan where no pixel is."""
+        within = self.bands[:-1].cumsum(0)
+        counts = torch.cat([within, self.bands[-1:]])
+        names = [*(f"{width} px" for width in BANDS), "beyond"]
+        return dict(zip(names, (counts[:, 0] / counts[:, 1]).tolist(), strict=True))
+
     def to_dict(self) -> dict:
         """Everything as plain lists, numbers and None (for nan), ready for JSON."""
         return {
@@ -222,6 +264,7 @@ class Scores:
             "fw_iou": _plain(self.fw_iou),
             "boundary_f1": _plain(self.boundary_f1),
             "by_size": {size: _plain(recall) for size, recall in self.by_size.items()},
+            "by_band": {band: _plain(accuracy) for band, accuracy in self.by_band.items()},
             "classes": list(self.classes),
             "iou": [_plain(value) for value in self.iou.tolist()],
             "accuracy": [_plain(value) for value in self.accuracy.tolist()],

@@ -169,8 +169,8 @@ def evaluate(model: nn.Module, data: Dataset, *, device: str | None = None, prog
         labels = model(image[None].to(accelerator.device)).argmax(1)[0].cpu()
         scores = scores + Scores.of(labels, target, num_classes, classes=scores.classes)
     model.train(was_training)
-    sums = (scores.matrix, scores.boundary, scores.sizes)
-    return Scores(*(accelerator.reduce(part.to(accelerator.device)) for part in sums), classes=scores.classes)
+    sums = {name: getattr(scores, name).to(accelerator.device) for name in ("matrix", "boundary", "sizes", "bands")}
+    return Scores(**{name: accelerator.reduce(part) for name, part in sums.items()}, classes=scores.classes)
 
 
 @torch.no_grad()

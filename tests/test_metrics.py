@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchmetrics.functional.classification as tm
 from scipy import ndimage
 
-from segedu.metrics import VOID, Scores, boundary_f1, class_boundary_f1, confusion_matrix, size_recall
+from segedu.metrics import VOID, Scores, band_accuracy, boundary_f1, class_boundary_f1, confusion_matrix, size_recall
 
 K = 5
 
@@ -129,7 +129,7 @@ def test_absent_classes():
 def test_an_empty_matrix_gives_nan():
     scores = Scores.of(torch.zeros(8, 8, dtype=torch.long), torch.full((8, 8), VOID), 3)
     values = [scores.miou, scores.pixel_accuracy, scores.mean_accuracy, scores.fw_iou, scores.boundary_f1]
-    assert all(math.isnan(value) for value in (*values, *scores.by_size.values()))
+    assert all(math.isnan(value) for value in (*values, *scores.by_size.values(), *scores.by_band.values()))
 
 
 def test_a_wrong_matrix_is_refused():
@@ -150,6 +150,7 @@ def test_scores_add_up():
     both = [torch.stack(x) for x in zip(*(scene(i) for i in range(3)), strict=True)]
     assert torch.equal(total.matrix, confusion_matrix(*both, K))
     assert total.boundary_f1 == pytest.approx((first.boundary_f1 + second.boundary_f1 + third.boundary_f1) / 3)
+    assert torch.equal(total.bands, first.bands + second.bands + third.bands)
     assert total.classes == names
     with pytest.raises(ValueError, match="same classes"):
         first + Scores(torch.zeros(3, 3, dtype=torch.long))
@@ -273,6 +274,44 @@ def test_objects_are_the_components_of_scipy():
     recall, number = size_recall(labels, target).sum(0).tolist()
     assert number == len(recalls) > 10
     assert recall == pytest.approx(sum(recalls))
+
+
+# Accuracy by distance to a border
+
+
+def test_accuracy_by_band_by_hand():
+    target = torch.zeros(4, 40, dtype=torch.long)
+    target[:, 20:] = 1  # one border, between columns 19 and 20: 8 px at each distance
+    labels = target.clone()
+    labels[:, 20] = 0  # at distance 1, on one side
+    labels[:2, 23] = 0  # at distance 4, half the rows
+    scores = Scores.of(labels, target, 2)
+    assert scores.bands[:, 1].tolist() == [8, 8, 16, 32, 96]
+    right = {"1 px": 4 / 8, "2 px": 12 / 16, "4 px": (32 - 6) / 32, "8 px": (64 - 6) / 64, "beyond": 1}
+    assert scores.by_band == pytest.approx(right)
+
+
+def test_bands_agree_with_all_pairs_of_pixels():
+    labels, target = scene(5, void=0.1)
+    target[:12, :12] = 2  # somewhere to be far from a border
+    places = torch.cartesian_prod(*(torch.arange(n) for n in target.shape)).double()
+    edge = torch.zeros_like(target, dtype=torch.bool)
+    for axis in (0, 1):
+        for step in (1, -1):
+            moved = target.roll(step, axis)
+            moved.select(axis, 0 if step == 1 else -1).copy_(target.select(axis, 0 if step == 1 else -1))
+            edge |= moved != target
+    distance = torch.cdist(places, places[edge.flatten()]).amin(1).view_as(target) + 1
+    for (low, high), (right, number) in zip(
+        [(0, 1), (1, 2), (2, 4), (4, 8), (8, math.inf)], band_accuracy(labels, target).tolist(), strict=True
+    ):
+        ring = (distance > low) & (distance <= high) & (target != VOID)
+        assert number == ring.sum() and right == (ring & (labels == target)).sum()
+
+
+def test_one_class_everywhere_has_no_border():
+    one = torch.zeros(6, 6, dtype=torch.long)
+    assert Scores.of(one, one, 2).bands.tolist() == [[0, 0]] * 4 + [[36, 36]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import segedu as sg
 from segedu.models.fcn import load_coarser, sampled_loss
@@ -35,10 +36,13 @@ class Job:
     experiment: str
     name: str
     arguments: dict
+    model: Callable[..., nn.Module] = sg.FCN
     recipe: sg.recipes.Recipe = TOYTOWN
     data: str = "toytown"
     loss: Loss = pixel_loss
     start: Callable[[nn.Module, int], None] | None = None
+    pictures: Callable[[Dataset], Dataset] = lambda data: data  # what of the training set the model sees
+    scored: Callable[[nn.Module], nn.Module] = lambda model: model  # what is scored on whole pictures
     chapter: str = "02_fcn"
 
 
@@ -85,17 +89,17 @@ def record(job: Job, seed: int) -> None:
     data = {"toytown": sg.Toytown, "camvid": sg.CamVid}[job.data]
     train, test = data("train"), data("test")
     torch.manual_seed(seed)
-    model = sg.FCN(len(train.classes), **job.arguments)
+    model = job.model(len(train.classes), **job.arguments)
     checkpoint = ROOT / "runs" / f"{name}.safetensors"
     if job.start is not None and not checkpoint.exists():
         job.start(model, seed)
-    run = sg.fit(model, train, job.recipe, seed=seed, loss=job.loss, checkpoint=checkpoint)
-    scores = sg.evaluate(model, test)
+    run = sg.fit(model, job.pictures(train), job.recipe, seed=seed, loss=job.loss, checkpoint=checkpoint)
+    scores = sg.evaluate(job.scored(model), test)
     facts = {
         "name": name,
         "chapter": job.chapter,
         "experiment": job.experiment,
-        "model": "FCN",
+        "model": job.model.__name__,
         "arguments": job.arguments,
         "data": job.data,
         "split": "test",
