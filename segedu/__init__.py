@@ -2,14 +2,18 @@
 
 from segedu import metrics, recipes
 from segedu.backbones import load_imagenet
-from segedu.data import CamVid, Toytown
+from segedu.data import CamVid, Cells, Toytown
 from segedu.features import record, summary
 from segedu.metrics import VOID, Scores
+from segedu.models.deconvnet import DeconvNet
 from segedu.models.fcn import FCN
+from segedu.models.segnet import SegNet, SegNetBasic
+from segedu.models.unet import UNet
 from segedu.receptive import effective_field, receptive_field
 from segedu.training import evaluate, fit, predict
 
 __all__ = [
-    "FCN", "VOID", "CamVid", "Scores", "Toytown", "effective_field", "evaluate", "fit", "load_imagenet", "metrics",
-    "predict", "receptive_field", "recipes", "record", "summary",
+    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "Scores", "SegNet", "SegNetBasic", "Toytown", "UNet",
+    "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict", "receptive_field", "recipes", "record",
+    "summary",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from segedu import recipes
 from segedu.backbones import load_imagenet
@@ -16,20 +17,37 @@ from segedu.checkpoint import load_checkpoint, read_checkpoint
 from segedu.data import CamVid, Toytown
 from segedu.data.camvid import data_root
 from segedu.models.fcn import FCN, sum_loss
-from segedu.training import as_image, evaluate, fit, pixel_loss, predict
+from segedu.models.segnet import SegNet, SegNetBasic, balanced_loss, median_frequency
+from segedu.models.unet import UNet
+from segedu.training import Loss, as_image, evaluate, fit, pixel_loss, predict
 
-MODELS = {"fcn": FCN}
+MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic}
 DATA = {"toytown": Toytown, "camvid": CamVid}
+SMALL = {"fcn": {"stride": 8, "pad": 1, "width": 1 / 8}, "segnet-basic": {"width": 1 / 2}}  # the others: width 1/8
+PAPER = {
+    "fcn": ({"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE),
+    "unet": ({}, recipes.UNET),
+    "segnet": ({}, recipes.SEGNET),
+    "segnet-basic": ({}, recipes.SEGNET_BASIC),
+}
 
 
 def setting(model: str, data: str, scale: str) -> tuple[dict, recipes.Recipe, bool]:
     """Constructor arguments, recipe, and whether to start from ImageNet weights, for `segedu train`."""
-    if model == "fcn" and scale == "mini":
+    if scale == "mini":
         recipe = recipes.MINI_CAMVID if data == "camvid" else replace(recipes.MINI, steps=2000)
-        return {"stride": 8, "pad": 1, "width": 1 / 8}, recipe, False
-    if model == "fcn" and scale == "standard":
-        return {"stride": 8}, recipes.STANDARD, True
-    return {"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE, True
+        return SMALL.get(model, {"width": 1 / 8}), recipe, False
+    arguments, recipe = PAPER[model] if scale == "paper" else ({}, recipes.STANDARD)
+    return arguments, recipe, model in ("fcn", "segnet")
+
+
+def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
+    """The papers' own losses at their own scale, else the plain one. U-Net's is for cells, not for streets."""
+    if scale != "paper" or model == "unet":
+        return pixel_loss
+    if model == "fcn":
+        return sum_loss
+    return balanced_loss(median_frequency(pictures, len(pictures.classes)))
 
 
 def build(about: dict) -> nn.Module:
@@ -49,7 +67,7 @@ def train(args: argparse.Namespace) -> None:
     model = build(about)
     if pretrained and not path.exists():
         load_imagenet(model)
-    loss = sum_loss if args.scale == "paper" else pixel_loss
+    loss = loss_of(args.model, args.scale, pictures)
     run = fit(model, pictures, recipe, val=val, seed=args.seed, loss=loss, checkpoint=path, about=about,
               mixed_precision=args.mixed_precision, workers=args.workers)  # fmt: skip
     print(f"{recipe.steps} steps in {run.seconds:.0f} s on {run.device}, last loss {np.mean(run.loss[-50:]):.3f}")

@@ -132,6 +132,36 @@ def maps(features: Tensor, names: Sequence[str] | None = None, limit: int = 16) 
 
 
 @_styled
+def layers(pictures: Sequence[Tensor], titles: Sequence[str]) -> Figure:
+    """A picture and the maps that a model makes of it, five in a row, all of one height, each on its own scale.
+
+    Args:
+        pictures: (3, H, W) in [0, 1] as a picture, (h, w) as a map: 0 is white, the largest value of either sign dark.
+    """
+    if len(titles) != len(pictures):
+        raise ValueError(f"titles must be {len(pictures)}, one for each picture, got {len(titles)}")
+    height, width = pictures[0].shape[-2:]
+    figure, axes = _grid(len(pictures), height / width, columns=5)
+    for ax, picture, title in zip(axes, pictures, titles, strict=True):
+        if picture.ndim == 3:
+            ax.imshow(_pixels(picture))
+        else:
+            values = _array(picture)
+            top = float(np.abs(values).max()) or 1.0
+            signed = values.min() < 0
+            ax.imshow(
+                values,
+                cmap="PuOr" if signed else "Blues",
+                vmin=-top if signed else 0,
+                vmax=top,
+                interpolation="nearest",
+                extent=(0, width, height, 0),
+            )
+        ax.set_title(title, fontsize=9)
+    return figure
+
+
+@_styled
 def field(image: Tensor, field: Field, effective: Tensor, cell: tuple[int, int]) -> Figure:
     """The theoretical field of one cell as a box and its effective field as a heat map, over the picture.
 
@@ -277,9 +307,11 @@ def _panels(panels: Mapping[str, np.ndarray], handles: Sequence[Patch], width: f
     return figure
 
 
-def _grid(n: int, aspect: float, width: float = WIDTH, below: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """n axes for pictures of height / width `aspect`, at most `COLUMNS` in a row, the rows as even as can be."""
-    rows = math.ceil(n / COLUMNS)
+def _grid(
+    n: int, aspect: float, width: float = WIDTH, below: float = 0.0, columns: int = COLUMNS
+) -> tuple[Figure, list[Axes]]:
+    """n axes for pictures of height / width `aspect`, at most `columns` in a row, the rows as even as can be."""
+    rows = math.ceil(n / columns)
     columns = math.ceil(n / rows)
     figure = Figure(figsize=(width, rows * (width / columns * aspect + 0.3) + below), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(n)]

@@ -68,14 +68,20 @@ def receptive_fields(
 ) -> dict[str, Field | None]:
     """The receptive fields of several submodules at once, from images of `image_size` and larger.
 
-    The image grows until no field grows any more. None for a field that grows with the image, and for a submodule that
-    gives no map or is not used.
+    The image grows until no field grows any more, or the model refuses it: then the fields are those of the largest
+    image it takes. None for a field that grows with the image, and for a submodule that gives no map, is not used, or
+    has no cell whose field lies inside the image.
     """
     known: dict[str, Field] = {}
     last: dict[str, Field | None] = dict.fromkeys(names)
     for more in (0, 512, 1536, 3584, 7680):  # multiples of 512: a model that asks for multiples of 32, say, still runs
         size = (image_size[0] + more, image_size[1] + more)
-        spans = _spans(model, last.keys() - known.keys(), size)
+        try:
+            spans = _spans(model, last.keys() - known.keys(), size)
+        except ValueError:  # the model takes no larger image
+            if more == 0:
+                raise
+            return {name: known.get(name, last[name]) for name in names}
         for name in last.keys() - known.keys():
             field = _field(spans.get(name), size)
             if field is not None and field == last[name] and field.stride is not None:

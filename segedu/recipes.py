@@ -20,9 +20,11 @@ class Recipe:
     bias_lr: float = 1.0                    # biases learn at lr * bias_lr, and without decay (Caffe's lr_mult: 2)
     warmup: int = 0                         # steps of linear rise
     power: float = 0.0                      # lr * (1 - step / steps) ** power; 0 keeps it constant
+    drop_every: int = 0                     # steps after which lr falls to a tenth, again and again; 0: never
     crop: tuple[int, int] | None = None     # (height, width) in pixels; None: the whole picture
     scale: tuple[float, float] = (1.0, 1.0)  # random resizing, lowest and highest factor
     flip: bool = False                      # mirror half of the pictures
+    elastic: float = 0.0                    # pixels: spread of a random smooth deformation (U-Net: 10)
     source: str = ""                        # where these numbers stand
 
     # fmt: on
@@ -34,11 +36,14 @@ class Recipe:
             raise ValueError(f'optimizer must be "sgd" or "adamw", got {self.optimizer!r}')
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be (lowest, highest) above 0, got {self.scale}")
+        if self.elastic < 0:
+            raise ValueError(f"elastic must be a number of pixels and not negative, got {self.elastic}")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.lr * rise * (1 - step / self.steps) ** self.power
+        drops = step // self.drop_every if self.drop_every else 0
+        return self.lr * rise * (1 - step / self.steps) ** self.power * 0.1**drops
 
 
 MINI = Recipe(steps=300, batch=8, lr=4e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
@@ -58,6 +63,19 @@ FCN_8S = Recipe(steps=100_000, batch=1, lr=1e-14, momentum=0.99, weight_decay=5e
                 source="FCN release, voc-fcn8s/solver.prototxt; with fcn.sum_loss, from FCN-16s")  # fmt: skip
 FCN_8S_AT_ONCE = Recipe(steps=300_000, batch=1, lr=1e-10, momentum=0.99, weight_decay=5e-4, bias_lr=2.0,
                         source="FCN release, voc-fcn8s-atonce; with fcn.sum_loss, from ImageNet weights")  # fmt: skip
+UNET = Recipe(steps=60_000, batch=1, lr=1e-4, momentum=0.99, flip=True, elastic=10.0,
+              source="U-Net, Sec. 3: batch 1, momentum 0.99, elastic deformation of 10 px; on cells with unet.border_loss. "
+                     "Steps and lr are ours, the paper gives none")  # fmt: skip
+SEGNET = Recipe(steps=40_000, batch=4, lr=1e-3, weight_decay=5e-4, bias_lr=2.0,
+                source="SegNet release, segnet_solver.prototxt; with segnet.balanced_loss, from ImageNet weights")  # fmt: skip
+SEGNET_BASIC = Recipe(steps=10_000, batch=4, lr=0.1, weight_decay=5e-4, bias_lr=2.0,
+                      source="SegNet release, segnet_basic_solver.prototxt; with segnet.balanced_loss")  # fmt: skip
+DECONVNET_1 = Recipe(steps=20_000, batch=64, lr=0.01, weight_decay=5e-4, bias_lr=2.0, drop_every=9_000,
+                     crop=(224, 224), scale=(250 / 224, 250 / 224), flip=True,
+                     source="DeconvNet release, stage 1; on deconvnet.ObjectCrops, from ImageNet weights")  # fmt: skip
+DECONVNET_2 = Recipe(steps=40_000, batch=64, lr=0.01, weight_decay=5e-4, bias_lr=2.0, drop_every=10_000,
+                     crop=(224, 224), scale=(250 / 224, 250 / 224), flip=True,
+                     source="DeconvNet release, stage 2; on deconvnet.ProposalCrops, from stage 1")  # fmt: skip
 
 
 def current_scale() -> str:

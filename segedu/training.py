@@ -300,7 +300,7 @@ class _Draws(Dataset):
     def __init__(self, data: Dataset, recipe: Recipe, seed: int, num_classes: int, start: int, rank: int, world: int):
         self.data, self.recipe, self.seed, self.num_classes, self.start = data, recipe, seed, num_classes, start
         self.rank, self.share = rank, recipe.batch // world
-        self.augment = augment(crop=recipe.crop, scale=recipe.scale, flip=recipe.flip)
+        self.augment = augment(crop=recipe.crop, scale=recipe.scale, flip=recipe.flip, elastic=recipe.elastic)
 
     def __len__(self) -> int:
         return (self.recipe.steps - self.start) * self.share

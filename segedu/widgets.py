@@ -28,7 +28,7 @@ class Figure:
     """The figure `name` of segedu.js with the data it shows.
 
     Args:
-        name: "metric-lab" or "skip-mixer".
+        name: "metric-lab", "skip-mixer", "upsampling-lab" or "layer-scrubber".
         state: what segedu.js needs for it, ready for JSON.
         still: PNG bytes of the picture that stands in its place without JavaScript and in print.
         alt: the still in words.
@@ -272,6 +272,51 @@ def mix(model: nn.Module, maps: Sequence[Tensor], weights: Sequence[float], imag
     return crop(model.upscore8(scores), model.offsets["8s"], like=image)[0]
 
 
+# 4 x 4 values whose maxima of 2 x 2 are 6, 8, 3, 4, at (1, 1), (1, 3), (2, 0), (3, 3).
+SWITCHED = ((1, 2, 5, 3), (4, 6, 1, 8), (3, 2, 0, 1), (1, 0, 2, 4))
+
+
+def upsampling_lab() -> Figure:
+    """Nearest, bilinear, unpooling with switches and transposed convolution of an editable 4 x 4 map.
+
+    Shows which cells of the output each value reaches, how many values reach each cell, and what is kept. Opens on the
+    checkerboard of a transposed convolution with a 3 x 3 kernel and stride 2.
+    """
+    from segedu import plots
+    from segedu.layers import bilinear_kernel
+
+    maps = {"all 1": torch.ones(4, 4), "6, 8, 3, 4": torch.tensor(SWITCHED).float(), "one 1": torch.zeros(4, 4)}
+    maps["one 1"][1, 1] = 1
+    presets = [  # name, kernel, stride, padding, which map
+        ("Checkerboard 3/2", torch.ones(3, 3), 2, 1, 0),
+        ("Even 4/2 bilinear", bilinear_kernel(4), 2, 1, 0),
+        ("Up-convolution 2/2 (U-Net)", torch.tensor([[1.0, 0.5], [0.5, 0.25]]), 2, 0, 1),
+        ("Same size 3/1 (DeconvNet)", torch.tensor([[0.0, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 0]]), 1, 1, 2),
+    ]
+    state = {
+        "title": "Upsampling lab",
+        "lead": "Every input value puts a stamp into the output: the kernel times the value. Stamps that overlap are "
+        "added. Choose a method, change values, and count the stamps.",
+        "maps": [{"name": name, "values": _numbers(values)} for name, values in maps.items()],
+        "presets": [
+            {"name": name, "kernel": _numbers(kernel), "stride": stride, "padding": padding, "map": i}
+            for name, kernel, stride, padding, i in presets
+        ],
+    }
+    flat, shown = maps["all 1"], {}
+    for name, kernel, stride, padding, _ in presets[:2]:
+        for what, weights in ("stamps on each cell", torch.ones_like(kernel)), ("output of a map of 1", kernel):
+            shown[f"{name}\n{what}"] = nn.functional.conv_transpose2d(
+                flat[None, None], weights[None, None], stride=stride, padding=padding
+            )[0, 0]
+    still = plots.layers(list(shown.values()), list(shown))
+    alt = (
+        "Transposed convolution of a map of ones, stride 2. A 3 × 3 kernel of ones puts 1, 2 or 4 stamps on a cell: "
+        "a checkerboard. A 4 × 4 bilinear kernel puts 4 on every inner cell, and the output is even there."
+    )
+    return Figure("upsampling-lab", state, still._repr_png_(), alt)
+
+
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):
     """Pick a picture and a layer and see what the model makes of it. Live: needs a kernel.
 
@@ -334,6 +379,11 @@ def _controls(figure, **options):
         control.observe(update, "value")
     update()
     return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), shown])
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """Row by row, whole numbers without a point."""
+    return [int(value) if value == int(value) else value for value in values.flatten().tolist()]
 
 
 def _runs(labels: Tensor) -> list[int]:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segedu import cli, metrics
@@ -50,3 +51,28 @@ def test_errors_are_one_line_without_a_trace(arguments, message, monkeypatch, tm
 def test_predict_names_what_is_missing(checkpoint):
     with pytest.raises(SystemExit, match=r"no picture at nowhere\.jpg"):
         cli.main(["predict", str(checkpoint), "nowhere.jpg"])
+
+
+@pytest.mark.parametrize("model", ["unet", "segnet", "segnet-basic"])
+def test_other_models_train_too(model, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    cli.main(["train", model, "--scale", "mini", "--steps", "2", "--out", str(path)])
+    assert "mean IU" in capsys.readouterr().out and path.exists()
+
+
+@torch.no_grad()
+def test_paper_scale_takes_the_papers_loss_and_recipe():
+    pictures, width = Toytown("train", size=3), {"width": 1 / 8}
+    image, target = pictures[0]
+    for name in cli.MODELS:
+        arguments, recipe, _ = cli.setting(name, "toytown", "paper")
+        model = cli.MODELS[name](11, **arguments, **width).eval()
+        loss = cli.loss_of(name, "paper", pictures)(model, image[None], target[None])
+        plain = torch.nn.functional.cross_entropy(model(image[None]), target[None], ignore_index=metrics.VOID)
+        assert recipe.source
+        if name == "fcn":  # summed over the pixels
+            assert loss == pytest.approx((plain * (target != metrics.VOID).sum()).item(), rel=1e-4)
+        elif name == "unet":
+            assert loss == pytest.approx(plain.item(), rel=1e-5)
+        else:  # balanced: rare classes weigh more
+            assert loss != pytest.approx(plain.item(), rel=1e-3) and loss.isfinite()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import segedu as sg
 from segedu import widgets
@@ -38,7 +39,12 @@ def model() -> sg.FCN:
 
 @functools.cache
 def figures() -> dict[str, widgets.Figure]:
-    return {"metric-lab": widgets.metric_lab(), "skip-mixer": widgets.skip_mixer(model(), sg.Toytown("val"), (0, 1))}
+    val = sg.Toytown("val")
+    return {
+        "metric-lab": widgets.metric_lab(),
+        "skip-mixer": widgets.skip_mixer(model(), val, (0, 1)),
+        "upsampling-lab": widgets.upsampling_lab(),
+    }
 
 
 def page_html(figure: widgets.Figure, mode: str, script: str) -> str:
@@ -268,8 +274,116 @@ def test_mixer_looks_into_a_pixel(show):
     assert float(row.locator("td").last.inner_text()) == pytest.approx(probabilities.max().item(), abs=0.006)
 
 
+def check_upsampling(page) -> dict:
+    """The output of the lab is torch's for the same input and settings; so are the counts and the flat range."""
+    got = value(page)
+    method = ("nearest", "bilinear", "unpooling", "transposed convolution")[got["method"]]
+    x = torch.tensor(got["input"], dtype=torch.float64).reshape(1, 1, 4, 4)
+    ones = torch.ones_like(x)
+    if method == "unpooling":
+        pooled, switches = F.max_pool2d(x, 2, return_indices=True)
+        assert got["switches"] == switches.flatten().tolist()
+        places = torch.tensor([0, 2, 8, 10]).reshape(1, 1, 2, 2) if got["corner"] else switches
+        output, counts = F.max_unpool2d(pooled, places, 2), F.max_unpool2d(torch.ones_like(pooled), places, 2)
+        assert got["right"] == (places == switches).sum() and got["kept"] == 0.25
+    elif method == "transposed convolution":
+        kernel = torch.tensor(got["kernel"], dtype=torch.float64)
+        kernel = kernel.reshape(1, 1, round(len(kernel) ** 0.5), -1)
+        arguments = {"stride": got["stride"], "padding": got["padding"]}
+        output = F.conv_transpose2d(x, kernel, **arguments)
+        counts = F.conv_transpose2d(ones, torch.ones_like(kernel), **arguments)
+        flat = F.conv_transpose2d(torch.ones(1, 1, 12, 12).double(), kernel, stride=got["stride"])[..., 5:-5, 5:-5]
+        assert got["flat"] == pytest.approx([flat.min().item(), flat.max().item()], abs=1e-12)
+        assert got["cut"] == pytest.approx(1 - counts.sum().item() / (16 * kernel.numel()), abs=1e-12)
+    else:
+        options = {} if method == "nearest" else {"align_corners": False}
+        output = F.interpolate(x, scale_factor=2, mode=method, **options)
+        each = torch.eye(16, dtype=torch.float64).reshape(1, 16, 4, 4)
+        counts = (F.interpolate(each, scale_factor=2, mode=method, **options) > 0).sum(1)
+    assert got["size"] == output.shape[-1] == output.shape[-2]
+    np.testing.assert_allclose(got["output"], output.flatten().numpy(), atol=1e-12)
+    assert got["counts"] == counts.flatten().tolist()
+    return got
+
+
+def pick(page, group: str, option: str) -> None:
+    page.get_by_role("group", name=group).get_by_role("radio", name=option, exact=True).check(force=True)
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_upsampling_is_that_of_torch(show, classic):
+    page = show("upsampling-lab", classic=classic)
+    opening = check_upsampling(page)
+    assert opening["size"] == 7 and set(opening["counts"]) == {1, 2, 4}  # kernel 3, stride 2: a checkerboard
+    for preset in figures()["upsampling-lab"].state["presets"]:
+        page.get_by_role("button", name=preset["name"]).click()
+        for values in figures()["upsampling-lab"].state["maps"]:
+            page.get_by_role("button", name=f"input: {values['name']}").click()
+            assert check_upsampling(page)["input"] == values["values"]
+    page.get_by_role("button", name="input: 6, 8, 3, 4").click()
+    for weights in "kernel: bilinear", "kernel: all 1":
+        page.get_by_role("button", name=weights).click()
+        for kernel in (4, 3, 2):
+            pick(page, "Kernel size", str(kernel))
+            assert page.get_by_role("group", name="Padding").get_by_role("radio").count() == kernel
+            for stride in (1, 2, 3):
+                pick(page, "Stride", str(stride))
+                for padding in (0, kernel - 1):
+                    pick(page, "Padding", str(padding))
+                    got = check_upsampling(page)
+                    assert got["size"] == 3 * stride - 2 * padding + kernel
+                    assert page.get_by_text(f"· {padding} + {kernel} = {got['size']}.").is_visible()
+    for method in "nearest", "bilinear", "unpooling":
+        pick(page, "Method", method)
+        check_upsampling(page)
+    assert value(page)["places"] == [5, 7, 8, 15] and value(page)["right"] == 4
+    page.get_by_role("checkbox", name="Put values in the corner").check()
+    assert check_upsampling(page)["right"] == 1  # the maximum 3 stands in its corner
+
+
+def test_even_and_uneven_kernels_are_told_apart(show):
+    page = show("upsampling-lab")
+    assert page.get_by_text("as 1 to 4: a checkerboard").is_visible()
+    page.get_by_role("button", name="kernel: bilinear").click()
+    assert value(page)["flat"] == [1, 1] and page.get_by_text("flat, at 1.").is_visible()  # uneven counts, repaired
+    page.get_by_role("button", name="Even 4/2").click()
+    size, counts = value(page)["size"], value(page)["counts"]
+    assert set(np.array(counts).reshape(size, size)[1:-1, 1:-1].flat) == {4}
+
+
+def test_upsampling_is_edited_by_keyboard_and_mouse(show):
+    page = show("upsampling-lab")
+    page.get_by_role("button", name="input: all 1").focus()
+    page.keyboard.press("Shift+Tab")  # the picture before the buttons
+    assert page.get_by_role("application", name="Kernel").evaluate("element => element.matches(':focus-visible')")
+    for key in ("ArrowRight", "-", "-", "-", "-", "-", "ArrowUp", "5"):
+        page.keyboard.press(key)
+    assert check_upsampling(page)["kernel"] == [1, 1, 5, 1, 1, -0.25, 1, 1, 1]
+    box = page.get_by_role("application", name="Input").bounding_box()
+    page.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
+    assert page.get_by_text("Chosen: input (0, 3): 1, its stamp covers 6 cells").is_visible()
+    page.get_by_role("button", name="more").click()
+    assert check_upsampling(page)["input"][:4] == [1, 1, 1, 2]
+    page.get_by_role("application", name="Output map").focus()
+    page.keyboard.press("Shift+ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert page.get_by_text("Chosen: output (0, 0): 1 = 1 × 1.").is_visible()
+    assert page.get_by_role("button", name="more").is_disabled()
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+
+
+def test_switches_move_with_the_maximum(show):
+    page = show("upsampling-lab")
+    pick(page, "Method", "unpooling")
+    page.get_by_role("button", name="input: 6, 8, 3, 4").click()
+    page.get_by_role("application", name="Input").focus()
+    for key in ("ArrowLeft", "ArrowUp", "9"):
+        page.keyboard.press(key)
+    assert check_upsampling(page)["switches"] == [0, 7, 8, 15]
+
+
 @pytest.mark.parametrize("mode", COLOURS)
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer"])
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab"])
 def test_accessible(show, name, mode):
     from axe_playwright_python.sync_playwright import Axe
 
@@ -284,7 +398,7 @@ def test_accessible(show, name, mode):
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer"])
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab"])
 def test_fits(show, name, width):
     page = show(name, width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

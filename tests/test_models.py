@@ -1,5 +1,7 @@
 """One contract for every model, small: sizes, gradients, modes, save and load. A new model adds a line to MODELS."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import segedu as sg
+from segedu.models.deconvnet import OverProposals
 
 MODELS = {
     "FCN-32s": lambda: sg.FCN(5, stride=32, pad=1, width=1 / 16),
     "FCN-16s": lambda: sg.FCN(5, stride=16, pad=1, width=1 / 16),
     "FCN-8s": lambda: sg.FCN(5, stride=8, pad=1, width=1 / 16),
     "FCN-8s pad 100": lambda: sg.FCN(5, width=1 / 16),
+    "U-Net": lambda: sg.UNet(5, width=1 / 16),
+    "SegNet": lambda: sg.SegNet(5, width=1 / 16),
+    **{
+        f"SegNet-Basic {decoder}": partial(sg.SegNetBasic, 5, decoder=decoder, width=1 / 8)
+        for decoder in ("indices", "encoder-addition", "single-channel", "bilinear")
+    },
+    "DeconvNet over proposals": lambda: OverProposals(sg.DeconvNet(5, size=64, width=1 / 16), limit=5),
     "FCN-8s learned upsampling": lambda: sg.FCN(5, learn_upsampling=True, width=1 / 16),
 }
 
@@ -57,7 +67,8 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
 
 
 def test_recorded_maps_are_not_overwritten(model):
-    convolution = "stage1.0"
+    convolution = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    assert convolution.endswith("stage1.0")
     with sg.record(model, [convolution]) as maps:
         model(torch.rand(1, 3, 64, 64))
     assert maps[convolution].min() < 0

@@ -83,6 +83,8 @@ def test_poly_schedule_and_warm_up_by_hand():
     assert recipe.lr_at(0) == pytest.approx(0.01)
     assert recipe.lr_at(50) == pytest.approx(0.1 * 0.5**0.9)
     assert sg.recipes.Recipe(steps=100, batch=1, lr=0.1).lr_at(99) == 0.1
+    falling = sg.recipes.DECONVNET_1  # solver.prototxt: base_lr 0.01, gamma 0.1, stepsize 9000
+    assert [falling.lr_at(step) for step in (0, 8999, 9000, 18000)] == pytest.approx([0.01, 0.01, 0.001, 0.0001])
 
 
 def test_biases_learn_at_their_own_rate_without_decay():

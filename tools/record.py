@@ -17,16 +17,52 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import segedu as sg
+from segedu.layers import normalize, pool_with_switches, unpool
 from segedu.models.fcn import load_coarser, sampled_loss
 from segedu.training import Loss, pixel_loss
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"pad": 1, "width": 1 / 8}
 TOYTOWN = replace(sg.recipes.MINI, steps=1500)
+
+
+class WaysUp(nn.Module):
+    """Three stages down, three up: the net of chapters/03_upsampling.ipynb. `way` is how its maps become larger.
+
+    way: "nearest", "bilinear", "unpool" (each followed by a 3x3 convolution), or "transposed" (3x3, stride 2).
+    """
+
+    def __init__(self, num_classes: int, *, way: str) -> None:
+        super().__init__()
+        up = {"conv": nn.ConvTranspose2d, "stride": 2, "output_padding": 1} if way == "transposed" else {}
+        self.way = way
+        self.down = nn.ModuleList([self.stage(3, 16), self.stage(16, 32), self.stage(32, 64)])
+        self.up = nn.ModuleList([self.stage(64, 32, **up), self.stage(32, 16, **up), self.stage(16, 16, **up)])
+        self.score = nn.Conv2d(16, num_classes, 1)
+
+    @staticmethod
+    def stage(c_in: int, c_out: int, conv: type = nn.Conv2d, **options: int) -> nn.Sequential:
+        return nn.Sequential(conv(c_in, c_out, 3, padding=1, **options), nn.BatchNorm2d(c_out), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, pools = normalize(images), []
+        for stage in self.down:
+            before = stage(x)
+            x, switches = pool_with_switches(before)
+            pools.append((switches, before))
+        for stage in self.up:
+            switches, before = pools.pop()
+            if self.way == "unpool":
+                x = unpool(x, switches, like=before)
+            elif self.way != "transposed":
+                x = F.interpolate(x, scale_factor=2, mode=self.way)
+            x = stage(x)
+        return self.score(x)
 
 
 @dataclass(frozen=True)
@@ -70,6 +106,9 @@ def jobs() -> Iterator[Job]:
         yield Job("sampling", f"fcn8s-keep{keep:g}", {"stride": 8, **SMALL}, recipe=recipe, loss=sampled_loss(keep))
     for stride in (32, 8):
         yield Job("camvid", f"fcn{stride}s", {"stride": stride, **SMALL}, recipe=sg.recipes.MINI_CAMVID, data="camvid")
+    for way in ("nearest", "bilinear", "unpool", "transposed"):
+        recipe = replace(TOYTOWN, steps=300)
+        yield Job("ways-up", f"up-{way}", {"way": way}, model=WaysUp, recipe=recipe, chapter="03_upsampling")
 
 
 def git_hash() -> str:

@@ -24,16 +24,21 @@ p { margin: 0 0 0.7rem; }
 p.title { font-size: 1rem; font-weight: 650; margin-bottom: 0.15rem; }
 p.hint { font-size: 0.8rem; margin: 0.5rem 0 0; }
 p.note { min-height: 2.9em; }
+p.below { margin: 0.6rem 0 0; }
 .row { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; margin: 0 0 0.7rem; }
 .row.wide { gap: 0.4rem 1.1rem; }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
 fieldset > legend { padding: 0; float: left; margin: 0.22rem 0.5rem 0 0; font-weight: 600; }
 fieldset > .row { margin: 0; }
+.figure > fieldset { margin-bottom: 0.7rem; }
+.knobs fieldset, .knobs .row { margin-bottom: 0.4rem; }
+.knobs fieldset > .row { margin: 0; }
 button, label.chip {
   font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line); border-radius: 0.4rem;
   padding: 0.22rem 0.6rem; min-height: 1.9rem; cursor: pointer; display: inline-flex; align-items: center; gap: 0.35rem;
 }
-button:hover, label.chip:hover { border-color: currentColor; }
+button:not(:disabled):hover, label.chip:hover { border-color: currentColor; }
+button:disabled { opacity: 0.5; cursor: default; }
 button[aria-pressed="true"], label.chip:has(:checked) { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; font-weight: 650; }
 label.chip input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 :focus-visible, label.chip:has(:focus-visible) { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -101,6 +106,7 @@ function h(tag, props = {}, ...children) {
 }
 
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
+const clamp = (value, n) => Math.min(n - 1, Math.max(0, value));
 const fixed = (value, digits = 3) => (Number.isNaN(value) ? "–" : value.toFixed(digits).replace(/^-(0\.0*)$/, "$1"));
 
 function swatch(colour) {
@@ -134,24 +140,28 @@ function presets(label, names, act) {
   return { element: h("div", { class: "row", role: "group", "aria-label": label }, ...buttons), press };
 }
 
-/** One of several, as native radio buttons. `options`: {text, colour?, key?}. */
+/** One of several, as native radio buttons. `options`: {text, colour?, key?}; `limit(n)` offers only the first n. */
 function choice(label, options, act) {
   const inputs = options.map((_, i) => h("input", { type: "radio", name: label, change: () => act(i) }));
   const chips = options.map(({ text, colour, key }, i) =>
     h("label", { class: "chip" }, inputs[i], ...(colour ? [swatch(colour)] : []), text, ...(key ? [h("kbd", { "aria-hidden": "true" }, key)] : [])));
   inputs[0].checked = true;
   const pick = (i) => (inputs[i].checked = true);
-  return { element: h("fieldset", {}, h("legend", {}, label), h("div", { class: "row" }, ...chips)), pick };
+  const limit = (n) => chips.forEach((chip, i) => (chip.hidden = i >= n));
+  return { element: h("fieldset", {}, h("legend", {}, label), h("div", { class: "row" }, ...chips)), pick, limit };
 }
 
 function toggle(label, checked, act) {
   return h("label", { class: "check" }, h("input", { type: "checkbox", checked, change: (e) => act(e.target.checked) }), label);
 }
 
-function slider(label, { min = 0, max = 1, step = 0.05, value }, act) {
+function slider(label, { min = 0, max = 1, step = 0.05, value, text = (value) => value.toFixed(2) }, act) {
   const input = h("input", { type: "range", min, max, step, value, input: () => (show(), act(+input.value)) });
   const shown = h("b", { "aria-hidden": "true" });
-  const show = () => (shown.textContent = (+input.value).toFixed(2));
+  const show = () => {
+    shown.textContent = text(+input.value);
+    input.setAttribute("aria-valuetext", shown.textContent);
+  };
   show();
   return {
     element: h("label", { class: "slider" }, h("span", {}, label), shown, input),
@@ -207,17 +217,21 @@ function legend(classes, palette) {
 /** A canvas over rows x cols cells of `cell` canvas pixels. `at(event)` is the cell under a pointer. */
 function picture(title, rows, cols, cell, props) {
   const canvas = h("canvas", { width: cols * cell, height: rows * cell, ...props });
-  const at = (event) => {
-    const box = canvas.getBoundingClientRect();
-    const place = (offset, size, n) => Math.min(n - 1, Math.max(0, Math.floor((offset / size) * n)));
-    return [place(event.clientY - box.top, box.height, rows), place(event.clientX - box.left, box.width, cols)];
-  };
   const caption = h("figcaption", {}, title);
-  return { element: h("figure", {}, caption, canvas), canvas, caption, context: canvas.getContext("2d"), rows, cols, cell, at };
+  const view = { element: h("figure", {}, caption, canvas), canvas, caption, context: canvas.getContext("2d"), rows, cols, cell };
+  view.at = (event) => {
+    const box = canvas.getBoundingClientRect();
+    const place = (offset, size, n) => clamp(Math.floor((offset / size) * n), n);
+    return [place(event.clientY - box.top, box.height, view.rows), place(event.clientX - box.left, box.width, view.cols)];
+  };
+  return view;
 }
 
+/** Divides the same canvas into other cells. */
+const divide = (view, rows, cols) => Object.assign(view, { rows, cols, cell: view.canvas.width / cols });
+
 /** Fills the picture with one colour [r, g, b] for each cell, or hatches it where the colour is void. */
-function fill({ context, rows, cols, cell }, colourOf) {
+function fill({ canvas, context, rows, cols, cell }, colourOf) {
   const pixels = new ImageData(cols, rows);
   const hatched = [];
   for (let i = 0; i < rows * cols; i++) {
@@ -229,7 +243,7 @@ function fill({ context, rows, cols, cell }, colourOf) {
   const small = h("canvas", { width: cols, height: rows });
   small.getContext("2d").putImageData(pixels, 0, 0);
   context.imageSmoothingEnabled = false;
-  context.drawImage(small, 0, 0, cols * cell, rows * cell);
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
   context.strokeStyle = "#777";
   context.lineWidth = Math.max(1, cell / 12);
   context.beginPath();
@@ -241,10 +255,13 @@ function fill({ context, rows, cols, cell }, colourOf) {
   context.stroke();
 }
 
-/** Crosses out one cell, in black or white, whichever is seen on its colour. */
-function cross({ context, cols, cell }, i, [r, g, b]) {
+/** Black or white, whichever is seen on a colour. */
+const inkOn = ([r, g, b]) => (0.3 * r + 0.59 * g + 0.11 * b > 110 ? "#000" : "#fff");
+
+/** Crosses out one cell. */
+function cross({ context, cols, cell }, i, colour) {
   const [x, y, gap] = [(i % cols) * cell, Math.floor(i / cols) * cell, 0.28 * cell];
-  context.strokeStyle = 0.3 * r + 0.59 * g + 0.11 * b > 120 ? "#000" : "#fff";
+  context.strokeStyle = inkOn(colour);
   context.lineWidth = cell / 11;
   context.beginPath();
   context.moveTo(x + gap, y + gap);
@@ -257,29 +274,37 @@ function cross({ context, cols, cell }, i, [r, g, b]) {
 const labelColour = (labels, palette) => (i) => (labels[i] === VOID ? VOID : palette[labels[i]]);
 
 /** A frame that is seen on every colour, around `size` x `size` cells. */
-function mark({ context, cell }, row, col, size = 1) {
-  const reach = (size - 1) / 2;
-  const box = [(col - reach) * cell, (row - reach) * cell, size * cell, size * cell];
-  for (const [colour, width] of [["#000", 5], ["#fff", 2]]) {
+const mark = (view, row, col, size = 1) => outline(view, row - (size - 1) / 2, col - (size - 1) / 2, size, size);
+
+/** A frame around height x width cells from (row, col) on. */
+function outline({ canvas, context, rows, cols }, row, col, height, width) {
+  const [dy, dx] = [canvas.height / rows, canvas.width / cols];
+  for (const [colour, line] of [["#000", 5], ["#fff", 2]]) {
     context.strokeStyle = colour;
-    context.lineWidth = width;
-    context.strokeRect(...box);
+    context.lineWidth = line;
+    context.strokeRect(col * dx, row * dy, width * dx, height * dy);
   }
 }
 
-/** Arrow keys move a cell (with shift: `leap` cells), space and enter act, digits choose. */
-function steer({ canvas, rows, cols }, cursor, { leap = 4, moved, act, digit }) {
+/** White at 0, blue up to `top`, orange down to -top. */
+function heat(value, top) {
+  const share = Math.min(1, Math.abs(value) / (top || 1));
+  return (value < 0 ? [213, 94, 0] : [0, 114, 178]).map((ink) => Math.round(255 + (ink - 255) * share));
+}
+
+/** Arrow keys move a cell (with shift: `leap` cells), space and enter act, `typed(key)` says whether it took another key. */
+function steer(view, cursor, { leap = 4, moved, act, typed = () => false }) {
   const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  const inside = (value, n) => Math.min(n - 1, Math.max(0, value));
-  canvas.addEventListener("keydown", (event) => {
+  view.canvas.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const step = steps[event.key];
     if (step) {
       const far = event.shiftKey ? leap : 1;
-      cursor.row = inside(cursor.row + far * step[0], rows);
-      cursor.col = inside(cursor.col + far * step[1], cols);
+      cursor.row = clamp(cursor.row + far * step[0], view.rows);
+      cursor.col = clamp(cursor.col + far * step[1], view.cols);
       moved();
     } else if (act && (event.key === " " || event.key === "Enter")) act();
-    else if (!(digit && /^[1-9]$/.test(event.key) && !event.ctrlKey && !event.metaKey && digit(+event.key))) return;
+    else if (!typed(event.key)) return;
     event.preventDefault();
     event.stopPropagation();
   });
@@ -494,7 +519,7 @@ function metricLab(state, tell) {
   steer(paper, cursor, {
     moved: () => (look(true), announce(point())),
     act: () => (stroke(), start(), update()),
-    digit: (n) => n <= k && (brushes.pick((brush = n - 1)), announce(`paint ${classes[brush]}`), true),
+    typed: (key) => key >= 1 && key <= k && (brushes.pick((brush = key - 1)), announce(`paint ${classes[brush]}`), true),
   });
   start(0);
   update();
@@ -569,7 +594,7 @@ function skipMixer(state, tell) {
 
   const { element, announce } = frame(
     state.title, state.lead, which.element,
-    h("div", { class: "columns large-small", style: "margin-top: 0.7rem" },
+    h("div", { class: "columns large-small" },
       h("div", {}, h("div", { class: "pictures two" }, ...views.map((view) => view.element))),
       h("div", {}, mixes.element, ...sliders.map((control) => control.element), overall.element)),
     legend(classes, palette),
@@ -655,9 +680,274 @@ function skipMixer(state, tell) {
   return element;
 }
 
+// ---- upsampling lab: what each way of upsampling puts where (chapter 03) ---------------------------------------------
+
+/**
+ * Transposed convolution of n x n values as its stamps: for each value a Map (cell of the output -> weight).
+ * The outermost values are first repeated `edge` times around the map.
+ */
+function stampsOf({ kernel, stride, padding, edge = 0 }, n) {
+  const k = Math.sqrt(kernel.length);
+  const size = (n - 1) * stride - 2 * padding + k;
+  const stamps = Array.from({ length: n * n }, () => new Map());
+  for (let row = -edge; row < n + edge; row++) {
+    for (let col = -edge; col < n + edge; col++) {
+      const stamp = stamps[clamp(row, n) * n + clamp(col, n)];
+      kernel.forEach((weight, i) => {
+        const [y, x] = [row * stride - padding + Math.floor(i / k), col * stride - padding + (i % k)];
+        if (y < 0 || y >= size || x < 0 || x >= size) return;
+        stamp.set(y * size + x, (stamp.get(y * size + x) || 0) + weight);
+      });
+    }
+  }
+  return { stamps, size };
+}
+
+/** 2 x 2 max pooling of n x n values: the cell of each maximum, the first of equals. */
+function switchesOf(values, n) {
+  return Array.from({ length: (n * n) / 4 }, (_, i) => {
+    const corner = 2 * Math.floor(i / (n / 2)) * n + 2 * (i % (n / 2));
+    return [corner, corner + 1, corner + n, corner + n + 1].reduce((best, cell) => (values[cell] > values[best] ? cell : best));
+  });
+}
+
+/** What a transposed convolution makes of a map of ones, away from the border: its least and its largest value. */
+function flatRange(kernel, stride) {
+  const k = Math.sqrt(kernel.length);
+  const sums = new Array(stride * stride).fill(0);
+  kernel.forEach((weight, i) => (sums[(Math.floor(i / k) % stride) * stride + ((i % k) % stride)] += weight));
+  return [Math.min(...sums), Math.max(...sums)];
+}
+
+/** k x k weights in one array. */
+const ones = (k) => new Array(k * k).fill(1);
+const bilinear = (k) => [...taps(k)].flatMap((a) => [...taps(k)].map((b) => a * b));
+
+const short = (value, digits = 2) => String(+value.toFixed(digits)).replace("-", "−");
+const place = (i, cols) => `(${Math.floor(i / cols)}, ${i % cols})`;
+
+/** Colours and numbers in the cells of a square picture, rings around the cells in `ringed`, small text under the numbers. */
+function write(view, values, { ringed = [], under = [] } = {}) {
+  const n = Math.sqrt(values.length);
+  const top = Math.max(...values.map(Math.abs));
+  divide(view, n, n);
+  fill(view, (i) => heat(values[i], top));
+  const { context, cell } = view;
+  context.strokeStyle = "#0004";
+  context.lineWidth = 1;
+  for (let i = 0; i < values.length; i++) context.strokeRect((i % n) * cell, Math.floor(i / n) * cell, cell, cell);
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  values.forEach((value, i) => {
+    const [x, y] = [((i % n) + 0.5) * cell, (Math.floor(i / n) + 0.53) * cell];
+    const text = short(value);
+    context.fillStyle = context.strokeStyle = inkOn(heat(value, top));
+    context.font = `${cell * Math.min(0.4, 1.5 / text.length)}px system-ui, sans-serif`;
+    context.fillText(text, x, y);
+    context.font = `${0.15 * cell}px system-ui, sans-serif`;
+    if (under[i]) context.fillText(under[i], x, y + 0.32 * cell);
+    if (!ringed.includes(i)) return;
+    context.lineWidth = 2;
+    context.beginPath();
+    context.arc(x, y - 0.03 * cell, 0.36 * cell, 0, 7);
+    context.stroke();
+  });
+}
+
+function upsamplingLab(state, tell) {
+  const n = 4;
+  const [NEAREST, BILINEAR, UNPOOL, CONV] = [0, 1, 2, 3];
+  const fixedKernels = [{ kernel: ones(2), stride: 2, padding: 0 }, { kernel: bilinear(4), stride: 2, padding: 1, edge: 1 }];
+  const own = {}; // the reader's transposed convolution
+  const input = [];
+  let [method, corner, chosen] = [CONV, false, null];
+  let used, source, stamps, size, switches, places, output, counts; // all that `update` works out
+
+  // `chosen` is the picture whose cell was touched last. Output and counts share a cell.
+  const grid = (title, label, cell, cursor = { row: 1, col: 1 }) => {
+    const props = { class: "probe", role: "application", tabindex: "0", "aria-label": label, "aria-describedby": "keys" };
+    const view = Object.assign(picture(title, n, n, cell, props), { cursor });
+    const choose = () => ((chosen = view), show());
+    view.canvas.addEventListener("pointerdown", (event) => (([cursor.row, cursor.col] = view.at(event)), choose()));
+    view.canvas.addEventListener("focus", choose);
+    steer(view, cursor, { moved: choose, typed: (key) => (/^[0-9]$/.test(key) ? edit(() => +key) : "+=".includes(key) ? more() : "-−".includes(key) && less()) });
+    return view;
+  };
+  const [from, middle, to] = [grid("Input", "Input map, to edit", 90), grid("Kernel", "Kernel", 90), grid("Output", "Output map", 150)];
+  const reach = grid("Stamps on each cell", "Number of stamps on each cell of the output", 150, to.cursor);
+
+  const ways = choice("Method", ["nearest", "bilinear", "unpooling", "transposed convolution"].map((text) => ({ text })), (i) => ((method = i), change()));
+  const setups = presets("Transposed convolutions", state.presets.map((preset) => preset.name), (i) => open(i));
+  const sizes = choice("Kernel size", ["2", "3", "4"].map((text) => ({ text })), (i) => (setKernel(filled, i + 2), change()));
+  const strides = choice("Stride", ["1", "2", "3"].map((text) => ({ text })), (i) => ((own.stride = i + 1), change()));
+  const paddings = choice("Padding", ["0", "1", "2", "3"].map((text) => ({ text })), (i) => ((own.padding = i), change()));
+  const kernels = presets("Kernel weights", ["kernel: all 1", "kernel: bilinear"], (i) => (setKernel([ones, bilinear][i]), change()));
+  const inputs = presets("Input values", state.maps.map((map) => `input: ${map.name}`), (i) => (input.splice(0, n * n, ...state.maps[i].values), change()));
+  const knobs = h("div", {}, sizes.element, strides.element, paddings.element, kernels.element);
+  const cornering = toggle("Put values in the corner, not at their switch", false, (on) => ((corner = on), change()));
+  const [minus, plus] = [h("button", { type: "button", "aria-label": "less", click: () => less() }, "−"), h("button", { type: "button", "aria-label": "more", click: () => more() }, "+")];
+  const [arithmetic, note, where] = [h("p"), h("p", { class: "note" }), h("p", { class: "note below" })];
+
+  const { element, announce } = frame(
+    state.title, state.lead, ways.element, setups.element,
+    h("div", { class: "columns" },
+      h("div", { class: "pictures two" }, from.element, middle.element),
+      h("div", { class: "knobs" }, inputs.element, knobs, cornering, h("div", { class: "row" }, minus, plus, "change the chosen cell"))),
+    arithmetic, note, h("div", { class: "columns" }, to.element, reach.element), where,
+    h("p", { class: "hint", id: "keys" },
+      "Click a cell to choose it. Keys in a map: arrows move, + and − change a value of the input or the kernel, 0 to 9 set it. Rows and columns are counted from 0, as in the code."),
+  );
+
+  let filled = ones;
+  function setKernel(weights, k = Math.sqrt(own.kernel.length)) {
+    filled = weights;
+    own.kernel = weights(k);
+    own.padding = Math.min(own.padding, k - 1);
+  }
+
+  function open(i) {
+    const { kernel, stride, padding, map } = state.presets[i];
+    Object.assign(own, { kernel: [...kernel], stride, padding });
+    input.splice(0, n * n, ...state.maps[map].values);
+    method = CONV;
+    change(i);
+  }
+
+  /** Other settings, or another value: the controls follow. */
+  function change(preset) {
+    const k = Math.sqrt(own.kernel.length);
+    const same = (a, b) => a.every((value, i) => value === b[i]);
+    ways.pick(method);
+    sizes.pick(k - 2);
+    strides.pick(own.stride - 1);
+    paddings.limit(k);
+    paddings.pick(own.padding);
+    setups.press(preset);
+    kernels.press([ones, bilinear].findIndex((weights) => same(weights(k), own.kernel)));
+    inputs.press(state.maps.findIndex((map) => same(map.values, input)));
+    setups.element.hidden = method !== CONV;
+    knobs.hidden = method !== CONV;
+    cornering.hidden = method !== UNPOOL;
+    update();
+  }
+
+  const at = ({ cursor, cols }) => cursor.row * cols + cursor.col;
+  const more = () => edit((value, step) => value + step);
+  const less = () => edit((value, step) => value - step);
+  const editable = () => chosen === from || (chosen === middle && method === CONV);
+  function edit(next) {
+    if (!editable()) return false;
+    const [values, step] = chosen === from ? [input, 1] : [own.kernel, 0.25];
+    values[at(chosen)] = next(values[at(chosen)], step);
+    change();
+    return true;
+  }
+
+  function update() {
+    used = method === CONV ? own : fixedKernels[method];
+    switches = switchesOf(input, n);
+    if (method === UNPOOL) {
+      places = switches.map((cell, i) => (corner ? 2 * Math.floor(i / 2) * n + 2 * (i % 2) : cell));
+      source = switches.map((cell) => input[cell]);
+      [stamps, size] = [places.map((cell) => new Map([[cell, 1]])), n];
+    } else ({ stamps, size } = stampsOf(used, n)), (source = input);
+    output = new Array(size * size).fill(0);
+    counts = new Array(size * size).fill(0);
+    stamps.forEach((stamp, i) => stamp.forEach((weight, cell) => ((output[cell] += weight * source[i]), counts[cell]++)));
+    const facts = method === CONV ? convolved() : method === UNPOOL ? unpooled() : resized();
+    for (const [view, values] of [[from, input], [middle, method === UNPOOL ? source : used.kernel], [to, output]]) {
+      divide(view, Math.sqrt(values.length), Math.sqrt(values.length));
+      Object.assign(view.cursor, { row: clamp(view.cursor.row, view.rows), col: clamp(view.cursor.col, view.cols) });
+    }
+    middle.caption.textContent = method === UNPOOL ? "Pooled" : method === CONV ? "Kernel" : "Kernel (fixed)";
+    to.caption.textContent = `Output, ${size} × ${size}`;
+    show();
+    announce(`${arithmetic.textContent} ${note.textContent}`);
+    tell({ method, input: [...input], ...(method === UNPOOL ? { corner, switches, places } : used), size, output, counts, ...facts });
+  }
+
+  function convolved() {
+    const { kernel, stride, padding } = own;
+    const k = Math.sqrt(kernel.length);
+    const [least, most] = flatRange(ones(k), stride);
+    const [low, high] = flatRange(kernel, stride);
+    const cut = 1 - counts.reduce((a, b) => a + b, 0) / (n * n * k * k);
+    arithmetic.textContent = `Output size (n − 1) s − 2 p + k = (${n} − 1) · ${stride} − 2 · ${padding} + ${k} = ${size}.`;
+    note.textContent =
+      `Away from the border ${least === most ? `every cell gets ${most} stamp${most > 1 ? "s" : ""}` : `cells get ${least} to ${most} stamps`}. ` +
+      `A flat map of 1 comes out there ${low === high ? `flat, at ${short(low)}` : `as ${short(low)} to ${short(high)}: a checkerboard`}. ` +
+      `${cut ? `The padding cuts off ${fixed(100 * cut, 0)} % of the stamps.` : "No part of a stamp is cut off."}`;
+    return { flat: [low, high], cut };
+  }
+
+  function unpooled() {
+    const sum = (values) => values.reduce((a, b) => a + b, 0);
+    const right = places.filter((cell, i) => cell === switches[i]).length;
+    arithmetic.textContent = `Pooling takes ${n} to ${n / 2}, unpooling ${n / 2} to ${n}. Rings: the switches, where each maximum stood.`;
+    note.textContent =
+      `Kept: ${source.length} of ${input.length} values, the maxima, with ${short(sum(source))} of the sum of ${short(sum(input))}; ` +
+      `${right} of ${source.length} at their old place. Lost: the other ${input.length - source.length} values. Their cells are 0.`;
+    return { kept: source.length / input.length, right };
+  }
+
+  function resized() {
+    const block = (i) => [0, 1, size, size + 1].map((step) => 2 * Math.floor(i / n) * size + 2 * (i % n) + step);
+    const kept = input.filter((value, i) => block(i).some((cell) => output[cell] === value)).length;
+    const [before, after] = [Math.max(...input), Math.max(...output)];
+    arithmetic.textContent = `Output size 2 n = 2 · ${n} = ${size}. ${method === NEAREST ? "Each value fills 2 × 2 cells." : "Each cell mixes the nearest values by distance; beyond the rim the last value is repeated."}`;
+    note.textContent =
+      `Kept: ${kept} of ${input.length} values still stand in their own 2 × 2 cells. The largest goes from ${short(before)} to ${short(after)}. ` +
+      (method === NEAREST ? "Nothing new comes in: each block is one value, with a step at its rim." : "The cells between are new, mixed values, so there are no steps.");
+    return { kept: kept / input.length };
+  }
+
+  /** Draws, marks what belongs together and says it. */
+  function show() {
+    const unpooling = method === UNPOOL;
+    write(from, input, { ringed: unpooling ? switches : [] });
+    write(middle, unpooling ? source : used.kernel, { under: unpooling ? switches.map((i) => `switch ${place(i, n)}`) : [] });
+    write(to, output);
+    write(reach, counts);
+    minus.disabled = plus.disabled = !editable();
+    const sources = unpooling ? middle : from;
+    if (!chosen) return (where.textContent = "Choose a cell of the input to see its stamp, or a cell of the output to see where it comes from.");
+    const cell = at(chosen);
+    const name = (view, i) => `${view.caption.textContent.split(/[,(]/)[0].trim().toLowerCase()} ${place(i, view.cols)}`;
+    const around = (view, cells) => {
+      const [rows, cols] = [cells.map((i) => Math.floor(i / view.cols)), cells.map((i) => i % view.cols)];
+      const [top, left] = [Math.min(...rows), Math.min(...cols)];
+      if (cells.length) outline(view, top, left, Math.max(...rows) - top + 1, Math.max(...cols) - left + 1);
+    };
+    if (chosen === to || chosen === reach) {
+      const reaching = stamps.flatMap((stamp, i) => (stamp.has(cell) ? [i] : []));
+      const terms = reaching.map((i) => `${short(source[i])} × ${short(stamps[i].get(cell), 4)}`);
+      around(to, [cell]);
+      around(reach, [cell]);
+      around(sources, reaching);
+      const sum = terms.length > 4 ? `${terms.length} values times their weights` : terms.join(" + ") || "nothing reaches it";
+      where.textContent = `Chosen: ${name(to, cell)}: ${short(output[cell])} = ${sum}.`;
+    } else {
+      const values = chosen === from ? input : unpooling ? source : used.kernel;
+      const i = chosen === sources ? cell : unpooling ? switches.indexOf(cell) : -1; // which value of the source
+      around(chosen, [cell]);
+      if (i >= 0) for (const [view, cells] of [[sources, [i]], [to, [...stamps[i].keys()]], [reach, [...stamps[i].keys()]]]) around(view, cells);
+      const fate =
+        chosen === middle && !unpooling ? "one weight, in every stamp"
+        : i < 0 ? "not the largest of its 2 × 2 cells: lost"
+        : unpooling ? `goes to ${name(to, places[i])}`
+        : `its stamp covers ${stamps[i].size} cells of the output`;
+      where.textContent = `Chosen: ${name(chosen, cell)}: ${short(values[cell], 4)}, ${fate}.`;
+    }
+    announce(where.textContent);
+  }
+
+  open(0);
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
