@@ -23,7 +23,7 @@ from segedu.training import Loss, as_image, evaluate, fit, pixel_loss, predict
 
 MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic}
 DATA = {"toytown": Toytown, "camvid": CamVid}
-SMALL = {"fcn": {"stride": 8, "pad": 1, "width": 1 / 8}, "segnet-basic": {"width": 1 / 2}}  # the others: width 1/8
+SMALL = {"fcn": {"stride": 8, "pad": 1, "width": 1 / 8}, "segnet-basic": {"width": 1 / 4}}  # the others: width 1/8
 PAPER = {
     "fcn": ({"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE),
     "unet": ({}, recipes.UNET),

@@ -17,20 +17,30 @@ def scale(channels: Sequence[int], width: float) -> list[int]:
     return [c if width == 1 else max(4, round(c * width / 4) * 4) for c in channels]
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(N, 3, H, W) in [0, 1] -> the same shape, centred as torchvision's ImageNet weights expect.
-
-    Raises:
-        TypeError: images are not floating point (0-255 integers, for example).
-        ValueError: images are not (N, 3, H, W).
-    """
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless images are (N, 3, H, W), TypeError unless they are floats (0-255 integers, for example)."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}; add the batch axis with image[None]")
     if not images.is_floating_point():
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; use images / 255")
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in [0, 1] -> the same shape, centred as torchvision's ImageNet weights expect.
+
+    Raises as `check_images`.
+    """
+    check_images(images)
     mean = torch.tensor(IMAGENET_MEAN, dtype=images.dtype, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, dtype=images.dtype, device=images.device).view(3, 1, 1)
     return (images - mean) / std
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm over (N, C, h, w) that starts at scale 1 and shift 0.001, as SegNet's and DeconvNet's releases do."""
+    layer = nn.BatchNorm2d(channels)
+    nn.init.constant_(layer.bias, 0.001)
+    return layer
 
 
 def crop(x: Tensor, offset: int, like: Tensor) -> Tensor:

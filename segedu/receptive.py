@@ -188,8 +188,8 @@ _EVERYTHING = _Span(np.array([_FAR]), np.array([-_FAR]), True)
 # Operations that leave each cell at its place, besides the pointwise ones, and which of their arguments is the axis
 # they work on (it must not be one of the last two).
 _SAME_PLACE = {
-    "view": None, "_unsafe_view": None, "clone": None, "detach": None, "_to_copy": None, "expand": None, "cat": 1,
-    "native_dropout": None, "native_batch_norm": None, "native_group_norm": None, "select": 1, "unsqueeze": 1,
+    "view": None, "_unsafe_view": None, "alias": None, "clone": None, "detach": None, "_to_copy": None, "expand": None,
+    "cat": 1, "native_dropout": None, "native_batch_norm": None, "native_group_norm": None, "select": 1, "unsqueeze": 1,
     "squeeze": 1, "stack": 1, "unbind": 1, "split": 2, "split_with_sizes": 2,
 }  # fmt: skip
 # Operations that mix all cells along some axes, and which of their arguments are these.

@@ -22,6 +22,7 @@ from segedu.layers import BilinearUpsampling, crop
 from segedu.metrics import VOID
 
 MODULE = Path(__file__).parent / "static" / "segedu.js"
+MAX_HTML = 390_000  # bytes of a figure; tools/freeze.py refuses outputs over 400 kB
 
 
 class Figure:
@@ -237,7 +238,7 @@ def skip_mixer(model: nn.Module, data, indices: Sequence[int] = (0, 1, 2)) -> Fi
             predict(model, image)
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         scores = [_quantised(maps[name][0]) for name in names]
-        scenes.append({"name": i, "image": _data_url(_png(pixels)), "target": _runs(target), "scores": scores})
+        scenes.append({"name": i, "image": _data_url(_encoded(pixels)), "target": _runs(target), "scores": scores})
         stills.append((image, target, [maps[name] for name in names]))
     layers = [(model.upscore2, "pool4"), (model.upscore_pool4, "pool3"), (model.upscore8, "8s")]
     image, target, maps = stills[0]
@@ -315,6 +316,96 @@ def upsampling_lab() -> Figure:
         "a checkerboard. A 4 × 4 bilinear kernel puts 4 on every inner cell, and the output is even there."
     )
     return Figure("upsampling-lab", state, still._repr_png_(), alt)
+
+
+def layer_scrubber(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    names: Sequence[str],
+    titles: Sequence[str] | None = None,
+    channels: int = 3,
+    data=None,
+) -> Figure:
+    """Go through the layers of a model and see what each makes of a picture, the map beside the picture.
+
+    Of every layer and picture it keeps the channels with the highest single value, the highest first. Maps are stored
+    in up to 256 grey levels, in fewer if the figure would be larger than a notebook may store.
+
+    Args:
+        images: each (3, H, W) in [0, 1], all of one size that the model takes.
+        names: of the layers, as in `record`, in the order to show. They give maps (1, C, h, w).
+        titles: of the layers, as "28 x 28 unpooling"; the names if left out.
+        channels: how many of each layer.
+        data: `.classes` and `.palette` for the model's answer as the last step; left out without it.
+
+    Raises:
+        ValueError: pictures of several sizes, not one title for each layer, a layer without maps, or a figure over
+            `MAX_HTML` bytes even in few grey levels.
+    """
+    from segedu import plots
+    from segedu.features import record
+    from segedu.training import predict
+
+    titles = list(names if titles is None else titles)
+    if len(titles) != len(names):
+        raise ValueError(f"titles must be {len(names)}, one for each layer, got {len(titles)}")
+    if len({tuple(image.shape) for image in images}) != 1:
+        raise ValueError(f"the pictures must be of one size, got {[tuple(image.shape) for image in images]}")
+    scenes, kept = [], []
+    for image in images:
+        with record(model, names) as maps:
+            labels = predict(model, image)
+        for name in names:
+            if not isinstance(maps[name], Tensor) or maps[name].ndim != 4:
+                raise ValueError(f"{name} gives no maps (1, C, h, w); choose another layer")
+        kept.append([_strongest(maps[name][0].cpu(), channels) for name in names])
+        pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        picture = _data_url(_encoded(pixels, format="jpeg", quality=85), "jpeg")
+        scenes.append({"image": picture, "labels": _runs(labels) if data is not None else None})
+    state = {
+        "title": "Layer scrubber",
+        "lead": "One picture on its way through the network. Move the slider from the input to the last layer and watch "
+        "how coarse each map is, and how many of its cells are not 0.",
+        "rows": images[0].shape[1],
+        "cols": images[0].shape[2],
+        "layers": [
+            {"title": title, "rows": maps[name].shape[2], "cols": maps[name].shape[3], "channels": maps[name].shape[1]}
+            for title, name in zip(titles, names, strict=True)
+        ],
+        "classes": [] if data is None else list(data.classes),
+        "palette": [] if data is None else torch.as_tensor(data.palette).tolist(),
+        "scenes": scenes,
+    }
+    still = plots.layers([images[0], *(layer[0][1] for layer in kept[0])], ["input", *titles])._repr_png_()
+    alt = f"The input and the strongest channel of each layer: {', '.join(titles)}."
+    for levels in 256, 52, 16:  # 255 is a multiple of levels - 1
+        for scene, layers in zip(scenes, kept, strict=True):
+            scene["maps"] = [[_grey(channel, values, levels) for channel, values in layer] for layer in layers]
+        figure = Figure("layer-scrubber", state, still, alt)
+        size = len(figure.to_html())
+        if size <= MAX_HTML:
+            return figure
+    raise ValueError(f"the figure has {size} bytes, over {MAX_HTML}; show fewer pictures, layers or channels")
+
+
+def _strongest(maps: Tensor, channels: int) -> list[tuple[int, Tensor]]:
+    """Of (C, h, w) the channels with the highest value: (channel, (h, w)), the highest first, of equals the first."""
+    order = maps.amax((1, 2)).argsort(descending=True, stable=True)[:channels]
+    return [(channel, maps[channel]) for channel in order.tolist()]
+
+
+def _grey(channel: int, values: Tensor, levels: int) -> dict:
+    """A map as a grey picture from black at its lowest value, at most 0, to white at its highest."""
+    low, high = min(0.0, values.min().item()), max(0.0, values.max().item())
+    share = (values - low) / ((high - low) or 1)
+    pixels = (share * (levels - 1)).round() * (255 // (levels - 1))
+    return {
+        "channel": channel,
+        "low": float(f"{low:.6g}"),
+        "high": float(f"{high:.6g}"),
+        "zeros": round((values == 0).float().mean().item(), 6),
+        "grey": _data_url(_encoded(pixels.byte().numpy())),
+    }
 
 
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):
@@ -403,13 +494,13 @@ def _quantised(scores: Tensor) -> dict:
     }
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _encoded(pixels: np.ndarray, format: str = "png", **options) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="png", optimize=True)
+    Image.fromarray(pixels).save(out, format=format, optimize=True, **options)
     return out.getvalue()
 
 
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _data_url(picture: bytes, format: str = "png") -> str:
+    return f"data:image/{format};base64," + base64.b64encode(picture).decode()

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy import ndimage
 
 import segedu as sg
-from segedu.data import camvid, download, toytown
-from segedu.data.transforms import augment
+from segedu.data import camvid, cells, download, toytown
+from segedu.data.cells import Cells, merged
+from segedu.data.transforms import augment, bend
 
 VOID = 255
 
@@ -155,6 +156,80 @@ def test_toytown_knobs():
     assert min(changed) > 0.02 and np.mean(changed) > 0.1
 
 
+# -------------------------------------------------------------------------------------------------------------- Cells
+
+
+def test_cells_items():
+    val = Cells("val")
+    image, target = val[0]
+    assert image.shape == (3, 96, 96) and image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    assert target.shape == (96, 96) and target.dtype == torch.int64 and target.unique().tolist() == [0, 1]
+    assert val.classes == ["background", "cell"] and val.palette.shape == (2, 3) and val.palette.dtype == torch.uint8
+    assert [len(Cells(split)) for split in ("train", "val", "test")] == [30, 30, 60]
+    image.zero_(), target.zero_(), val.instances(0).zero_()
+    assert val[0][0].max() > 0 and val[0][1].max() > 0 and val.instances(0).max() > 0
+
+
+def test_cells_are_a_pure_function_of_split_index_and_seed():
+    val, again = Cells("val"), Cells("val")
+    again[7]
+    for index in (3, 0, -1):
+        assert all(torch.equal(a, b) for a, b in zip(val[index], again[index], strict=True))
+    pictures = [val[0], val[1], Cells("train")[0], Cells("test")[0], Cells("val", seed=1)[0]]
+    assert len({hashlib.sha256(image.numpy().tobytes()).digest() for image, _ in pictures}) == len(pictures)
+
+
+def test_cells_pixels_are_the_recorded_ones():
+    """The book's numbers hold for these pixels. If this fails, the drawing changed: record the runs on cells again."""
+    digest = hashlib.sha256()
+    for index in range(8):
+        image, instances = Cells("val").scene(index)
+        digest.update(image.tobytes() + instances.tobytes())
+    assert digest.hexdigest() == "bde80ff258f53e8db27685595a05d4cfa25579f37c3718b26cdf8d8997159822"
+
+
+def test_cells_touch_and_a_thin_ridge_parts_them():
+    """Instances are the components of the target, and most of them have a neighbour two or three pixels away."""
+    close = []
+    for index in range(10):
+        target, instances = Cells("val")[index][1].numpy(), Cells("val").instances(index).numpy()
+        parts, count = ndimage.label(target)
+        assert np.array_equal(parts, instances) and 20 < count < 70
+        for cell in range(1, count + 1):
+            nearest = ndimage.distance_transform_edt(~((instances > 0) & (instances != cell)))[instances == cell].min()
+            close.append(nearest)
+    assert min(close) >= 2**0.5 and np.mean(np.array(close) <= 3) > 0.9
+
+
+def test_merged_counts_cells_that_share_a_component():
+    instances = torch.zeros(9, 12, dtype=torch.long)
+    instances[1:4, 1:4], instances[1:4, 5:8], instances[5:8, 1:4], instances[5:8, 9:12] = 1, 2, 3, 4
+    labels = (instances > 0).long()
+    assert merged(labels, instances).tolist() == [False] * 4
+    labels[2, 4] = 1  # a bridge from 1 to 2
+    assert merged(labels, instances).tolist() == [True, True, False, False]
+    labels[5:8, 1:4] = 0  # a cell that was not found is not joined
+    labels[4, 1] = 1
+    labels[5, 1] = 1  # nor is one of which less than half hangs on to another
+    assert merged(labels, instances).tolist() == [True, True, False, False]
+    assert merged(torch.ones(9, 12), instances).all()
+    assert merged(labels, torch.zeros(9, 12, dtype=torch.long)).shape == (0,)
+    with pytest.raises(ValueError, match="of one size"):
+        merged(labels, instances[:5])
+
+
+def test_cells_index_and_arguments():
+    small = Cells("val", 3)
+    assert len(list(small)) == len(small) == 3
+    with pytest.raises(IndexError, match="of a set of 3"):
+        small[3]
+    with pytest.raises(ValueError, match="train, val, test, got 'dev'"):
+        Cells("dev")
+    with pytest.raises(ValueError, match="negative"):
+        Cells("val", -1)
+
+
 # --------------------------------------------------------------------------------------------------------- transforms
 
 
@@ -219,6 +294,67 @@ def test_augment_keeps_void_and_refuses_nonsense():
         augment(crop=0)
     with pytest.raises(ValueError, match="scale"):
         augment(scale=(2.0, 1.0))
+
+
+def ramps(height=80, width=100):
+    """An image whose channels are x and y as shares of the size, and a target of blocks of 10 x 10."""
+    x, y = torch.arange(width) / width, torch.arange(height)[:, None] / height
+    image = torch.stack([x.expand(height, width), y.expand(height, width), torch.full((height, width), 0.5)])
+    target = torch.arange(height)[:, None] // 10 % 3 + 3 * (torch.arange(width) // 10 % 3)
+    target[20:30, 20:30] = VOID
+    return image, target
+
+
+def test_bend_moves_image_and_target_alike():
+    """The image says where each pixel came from; the target there is the target here, and outside is void and grey."""
+    image, target = ramps()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        out, labels = bend(image, target, 6.0)
+        assert out.shape == image.shape and labels.shape == target.shape and labels.dtype == torch.int64
+        x, y = out[0] * 100, out[1] * 80
+        inside = ndimage.binary_erosion((labels != VOID).numpy(), iterations=2, border_value=1)
+        inside = torch.from_numpy(inside) & (x > 1) & (x < 98) & (y > 1) & (y < 78)
+        assert inside.float().mean() > 0.5
+        assert torch.equal(labels[inside], target[y[inside].round().long(), x[inside].round().long()])
+        assert set(labels.unique().tolist()) <= {*target.unique().tolist(), VOID}
+        assert (x - torch.arange(100)).abs().max() > 1
+
+
+def test_bend_draws_nine_normal_moves_and_interpolates_them_bicubically():
+    """At the four corners, the middles of the edges and the centre the move is the draw itself."""
+    image, target = ramps(81, 101)
+    torch.manual_seed(0)
+    moves = 2.0 * torch.randn(2, 3, 3)
+    torch.manual_seed(0)
+    out, _ = bend(image, target, 2.0)
+    assert out[0, 40, 50].item() * 101 == pytest.approx(50 + moves[0, 1, 1].item(), abs=1e-3)
+    assert out[1, 40, 50].item() * 81 == pytest.approx(40 + moves[1, 1, 1].item(), abs=1e-3)
+    draws = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        draws.append(bend(image, target, 10.0)[0][0, 40, 50].item() * 101 - 50)
+    assert np.std(draws) == pytest.approx(10, rel=0.15) and abs(np.mean(draws)) < 2
+
+
+def test_augment_without_elastic_draws_as_before_and_with_it_follows_the_seed():
+    image, target = ramps()
+    torch.manual_seed(0)
+    plain, state = augment(crop=50, scale=(0.7, 1.3), flip=True)(image, target), torch.get_rng_state()
+    torch.manual_seed(0)
+    zero = augment(crop=50, scale=(0.7, 1.3), flip=True, elastic=0.0)(image, target)
+    assert torch.equal(plain[0], zero[0]) and torch.equal(plain[1], zero[1])
+    assert torch.equal(state, torch.get_rng_state())
+    bent = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        bent.append(augment(crop=50, elastic=5.0)(image, target))
+    assert torch.equal(bent[0][0], bent[1][0]) and torch.equal(bent[0][1], bent[1][1])
+    assert bent[0][0].shape == (3, 50, 50) and bent[0][0].min() >= 0 and bent[0][0].max() <= 1
+    with pytest.raises(ValueError, match="elastic"):
+        augment(elastic=-1.0)
+    with pytest.raises(ValueError, match="elastic"):
+        sg.recipes.Recipe(steps=1, batch=1, lr=1.0, elastic=-1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- CamVid

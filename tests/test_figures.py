@@ -361,7 +361,7 @@ def test_upsampling_is_edited_by_keyboard_and_mouse(show):
     assert check_upsampling(page)["kernel"] == [1, 1, 5, 1, 1, -0.25, 1, 1, 1]
     box = page.get_by_role("application", name="Input").bounding_box()
     page.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
-    assert page.get_by_text("Chosen: input (0, 3): 1, its stamp covers 6 cells").is_visible()
+    assert page.get_by_text("Chosen: input (0, 3): 1, its stamp covers 4 cells").is_visible()
     page.get_by_role("button", name="more").click()
     assert check_upsampling(page)["input"][:4] == [1, 1, 1, 2]
     page.get_by_role("application", name="Output map").focus()

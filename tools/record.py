@@ -13,6 +13,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 import segedu as sg
 from segedu.layers import normalize, pool_with_switches, unpool
 from segedu.models.fcn import load_coarser, sampled_loss
+from segedu.models.segnet import balanced_loss, median_frequency
 from segedu.training import Loss, pixel_loss
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +96,15 @@ def staged(model: nn.Module, seed: int) -> None:
     load_coarser(model, coarse)
 
 
+@cache
+def toytown_weights() -> Tensor:
+    return median_frequency(sg.Toytown("train"), len(sg.Toytown.classes))
+
+
+def balanced(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    return balanced_loss(toytown_weights())(model, images, target)
+
+
 def jobs() -> Iterator[Job]:
     for stride in (32, 16, 8):
         yield Job("skips", f"fcn{stride}s", {"stride": stride, **SMALL})
@@ -109,6 +120,17 @@ def jobs() -> Iterator[Job]:
     for way in ("nearest", "bilinear", "unpool", "transposed"):
         recipe = replace(TOYTOWN, steps=300)
         yield Job("ways-up", f"up-{way}", {"way": way}, model=WaysUp, recipe=recipe, chapter="03_upsampling")
+    yield Job("segnet", "segnet", {"width": 1 / 8}, model=sg.SegNet, chapter="05_segnet")
+    short = replace(TOYTOWN, steps=500)
+    for decoder in ("indices", "encoder-addition", "single-channel", "bilinear"):
+        arguments = {"decoder": decoder, "width": 1 / 4}
+        yield Job(
+            "decoders", f"segnet-basic-{decoder}", arguments, model=sg.SegNetBasic, recipe=short, chapter="05_segnet"
+        )
+    yield Job("balancing", "segnet-basic-balanced", {"decoder": "indices", "width": 1 / 4}, model=sg.SegNetBasic,
+              recipe=short, loss=balanced, chapter="05_segnet")  # fmt: skip
+    yield Job("camvid", "segnet", {"width": 1 / 8}, model=sg.SegNet, recipe=sg.recipes.MINI_CAMVID, data="camvid",
+              chapter="05_segnet")  # fmt: skip
 
 
 def git_hash() -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segedu.backbones import he_init
-from segedu.layers import normalize, pool_with_switches, scale, unpool
+from segedu.layers import batch_norm, check_images, normalize, pool_with_switches, scale, unpool
 
 
 class SegNet(nn.Module):
@@ -161,18 +161,12 @@ def stage(*channels: int, kernel: int = 3) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    layer = nn.BatchNorm2d(channels)
-    nn.init.constant_(layer.bias, 0.001)
-    return layer
-
-
 def response_norm(images: Tensor) -> Tensor:
     """(N, 3, H, W) in [0, 1] -> the same shape: 0-255 values, dark and bright places brought closer together.
 
     Caffe's LRN of 5 channels, alpha 1e-4, beta 0.75. Around each of three channels, five reach all three.
     """
-    normalize(images)  # for its checks alone
+    check_images(images)
     x = 255 * images
     return x / (1 + 1e-4 / 5 * (x * x).sum(1, keepdim=True)) ** 0.75
 

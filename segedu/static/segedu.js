@@ -925,7 +925,7 @@ function upsamplingLab(state, tell) {
       around(reach, [cell]);
       around(sources, reaching);
       const sum = terms.length > 4 ? `${terms.length} values times their weights` : terms.join(" + ") || "nothing reaches it";
-      where.textContent = `Chosen: ${name(to, cell)}: ${short(output[cell])} = ${sum}.`;
+      where.textContent = `Chosen: ${name(to, cell)}: ${short(output[cell], 4)} = ${sum}.`;
     } else {
       const values = chosen === from ? input : unpooling ? source : used.kernel;
       const i = chosen === sources ? cell : unpooling ? switches.indexOf(cell) : -1; // which value of the source
@@ -945,9 +945,159 @@ function upsamplingLab(state, tell) {
   return element;
 }
 
+// ---- layer scrubber: the way of a picture through the layers of a network (chapter 06) -------------------------------
+
+/** The grey values of a picture of rows x cols, as `then(bytes)` once it is there. */
+function greys(url, rows, cols, then) {
+  const image = new Image();
+  image.onload = () => {
+    const context = h("canvas", { width: cols, height: rows }).getContext("2d");
+    context.drawImage(image, 0, 0);
+    const { data } = context.getImageData(0, 0, cols, rows);
+    then(Uint8Array.from({ length: rows * cols }, (_, i) => data[4 * i]));
+  };
+  image.src = url;
+}
+
+function layerScrubber(state, tell) {
+  const { rows, cols, classes, palette, layers, scenes } = state;
+  const answers = classes.length > 0;
+  const stops = [{ title: "input", rows, cols }, ...layers, ...(answers ? [{ title: "answer", rows, cols }] : [])];
+  const place = { y: 0.5, x: 0.5, seen: false }; // shares of height and width, the same in every layer
+  const cursor = { row: 0, col: 0 };
+  let [scene, stop, rank, timer] = [scenes[0], 0, 0, null];
+  let shown, labels, grey;
+
+  const cell = Math.max(1, Math.round(448 / cols));
+  const image = picture("Picture", rows, cols, cell, { class: "probe", role: "img" });
+  const map = picture("", rows, cols, cell, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  const which = choice("Picture", scenes.map((_, i) => ({ text: String(i + 1) })), (i) => open(i));
+  const ranks = choice("Channel", scenes[0].maps[0].map((_, i) => ({ text: ["strongest", "2nd", "3rd"][i] || `${i + 1}th` })), (i) => ((rank = i), update()));
+  const layer = slider("Layer", { max: stops.length - 1, step: 1, value: 0, text: (i) => stops[i].title }, (i) => (halt(), go(i)));
+  const play = h("button", { type: "button", hidden: matchMedia("(prefers-reduced-motion: reduce)").matches, click: () => (timer ? halt() : run()) }, "Play");
+  const [facts, where] = [h("p", { class: "note" }), h("p", { class: "note below" })];
+  const density = meters("Share of the cells that are not 0", layers.map(({ title }) => title));
+  const colours = answers ? legend(classes, palette) : "";
+
+  const { element, announce } = frame(
+    state.title, state.lead,
+    h("div", { class: "row wide" }, which.element, ranks.element),
+    layer.element, h("div", { class: "row" }, play), facts,
+    h("div", { class: "columns even" }, image.element, map.element), where, colours, density.element,
+    h("p", { class: "hint", id: "keys" },
+      "Keys on the slider: left and right. Point at a picture to mark the same place in both. Keys in the map: arrows move the mark, with shift 4 cells; " +
+      "+ and − go to the next and to the last layer. Blue: above 0, the darker the larger, white: 0, orange: below. Rows and columns are counted from 0."),
+  );
+
+  function open(i) {
+    scene = scenes[i];
+    labels = answers && unpack(scene.labels);
+    shown = null;
+    grey = layers.map(() => []);
+    scene.maps.forEach((maps, l) => maps.forEach((one, r) => greys(one.grey, layers[l].rows, layers[l].cols, (bytes) => {
+      if (scene !== scenes[i]) return;
+      grey[l][r] = bytes;
+      if (l === stop - 1 && r === rank) update();
+    })));
+    const loading = new Image();
+    loading.onload = () => scene === scenes[i] && ((shown = loading), draw());
+    loading.src = scene.image;
+    image.canvas.setAttribute("aria-label", `Picture ${i + 1}`);
+    update();
+  }
+
+  function go(i) {
+    stop = clamp(i, stops.length);
+    layer.set(stop);
+    update();
+    return true;
+  }
+
+  function run() {
+    if (stop === stops.length - 1) go(0);
+    play.textContent = "Pause";
+    timer = setInterval(() => (go(stop + 1), stop === stops.length - 1 && halt()), 900);
+  }
+
+  function halt() {
+    clearInterval(timer);
+    timer = null;
+    play.textContent = "Play";
+  }
+
+  /** The map of this stop: {channel, low, high, zeros, grey}; none at the input and the answer. */
+  const current = () => scene.maps[stop - 1]?.[rank];
+  function valueAt(i) {
+    const { low, high } = current();
+    const bytes = grey[stop - 1][rank];
+    return bytes ? low + (bytes[i] / 255) * (high - low) : NaN;
+  }
+
+  function draw() {
+    const one = current();
+    if (shown) image.context.drawImage(shown, 0, 0, image.canvas.width, image.canvas.height);
+    if (one) {
+      const top = Math.max(-one.low, one.high);
+      fill(map, (i) => heat(valueAt(i) || 0, top));
+    } else if (stop) fill(map, labelColour(labels, palette));
+    else if (shown) map.context.drawImage(shown, 0, 0, map.canvas.width, map.canvas.height);
+    if (place.seen) for (const view of [image, map]) mark(view, cursor.row, cursor.col, map.cell < 8 ? 3 : 1);
+  }
+
+  function point() {
+    const i = cursor.row * map.cols + cursor.col;
+    const what = current() ? short(valueAt(i), 3) : stop ? classes[labels[i]] : "a pixel of the picture";
+    where.textContent = `Row ${cursor.row}, column ${cursor.col}: ${what}.`;
+    return where.textContent;
+  }
+
+  function update() {
+    const { title, rows: height, cols: width, channels } = stops[stop];
+    const one = current();
+    for (const view of [image, map]) divide(view, height, width);
+    cursor.row = clamp(Math.floor(place.y * height), height);
+    cursor.col = clamp(Math.floor(place.x * width), width);
+    map.caption.textContent = one ? `${title}, channel ${one.channel}` : title;
+    map.canvas.setAttribute("aria-label", `${map.caption.textContent}: move the mark`);
+    const head = `${title} (${stop} of ${stops.length - 1}): ${height} × ${width} cells`;
+    facts.textContent = one
+      ? `${head}, ${channels} channels. A cell stands for ${short(rows / height)} × ${short(cols / width)} pixels. ` +
+        `Channel ${one.channel} reaches ${short(one.high)}; ${fixed(100 * (1 - one.zeros), 1)} % of its cells are not 0.`
+      : stop ? `${head}. The class with the highest score in each pixel.` : `${head}, 3 colours.`;
+    density.set(scene.maps.map((maps) => maps[rank] && 1 - maps[rank].zeros));
+    density.rows.forEach((row, l) => (row.element.className = l === stop - 1 ? "first" : ""));
+    if (answers) colours.hidden = stop < stops.length - 1;
+    draw();
+    point();
+    announce(facts.textContent);
+    report();
+  }
+
+  const report = () => tell({
+    picture: scenes.indexOf(scene), stop, title: stops[stop].title, size: [map.rows, map.cols], cell: [cursor.row, cursor.col],
+    ...(current() ? { channel: current().channel, value: valueAt(cursor.row * map.cols + cursor.col), zeros: current().zeros, high: current().high } : {}),
+  });
+
+  function look() {
+    [place.y, place.x] = [(cursor.row + 0.5) / map.rows, (cursor.col + 0.5) / map.cols];
+    place.seen = true;
+    draw();
+    report();
+    return point();
+  }
+
+  for (const view of [image, map])
+    for (const type of ["pointerdown", "pointermove"])
+      view.canvas.addEventListener(type, (event) => (([cursor.row, cursor.col] = view.at(event)), look()));
+  map.canvas.addEventListener("focus", look);
+  steer(map, cursor, { moved: () => announce(look()), typed: (key) => (halt(), ("+=".includes(key) && go(stop + 1)) || ("-−".includes(key) && go(stop - 1))) });
+  open(0);
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
