@@ -67,6 +67,20 @@ class WaysUp(nn.Module):
         return self.score(x)
 
 
+class UNetSum(sg.UNet):
+    """U-Net that adds what it should put side by side. Same parameters; half of the channels stay empty."""
+
+    def join(self, up: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([up + skip, torch.zeros_like(skip)], dim=1)
+
+
+class UNetAlone(sg.UNet):
+    """U-Net without skips. Same parameters; half of the channels stay empty."""
+
+    def join(self, up: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([up, torch.zeros_like(skip)], dim=1)
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: what to build, on what, how. `start` may change the fresh model, by training a coarser one first."""
@@ -120,8 +134,13 @@ def jobs() -> Iterator[Job]:
     for way in ("nearest", "bilinear", "unpool", "transposed"):
         recipe = replace(TOYTOWN, steps=300)
         yield Job("ways-up", f"up-{way}", {"way": way}, model=WaysUp, recipe=recipe, chapter="03_upsampling")
-    yield Job("segnet", "segnet", {"width": 1 / 8}, model=sg.SegNet, chapter="05_segnet")
+    yield Job("unet", "unet", {"width": 1 / 8}, model=sg.UNet, chapter="04_unet")
     short = replace(TOYTOWN, steps=500)
+    for name, net in {"concat": sg.UNet, "sum": UNetSum, "none": UNetAlone}.items():
+        yield Job("skips", f"unet-{name}", {"width": 1 / 8}, model=net, recipe=short, chapter="04_unet")
+    yield Job("camvid", "unet", {"width": 1 / 8}, model=sg.UNet, recipe=sg.recipes.MINI_CAMVID, data="camvid",
+              chapter="04_unet")  # fmt: skip
+    yield Job("segnet", "segnet", {"width": 1 / 8}, model=sg.SegNet, chapter="05_segnet")
     for decoder in ("indices", "encoder-addition", "single-channel", "bilinear"):
         arguments = {"decoder": decoder, "width": 1 / 4}
         yield Job(
