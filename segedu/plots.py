@@ -136,7 +136,8 @@ def layers(pictures: Sequence[Tensor], titles: Sequence[str]) -> Figure:
     """A picture and the maps that a model makes of it, five in a row, all of one height, each on its own scale.
 
     Args:
-        pictures: (3, H, W) in [0, 1] as a picture, (h, w) as a map: 0 is white, the largest value of either sign dark.
+        pictures: (3, H, W) in [0, 1] as a picture, (h, w) as a map: 0 is white, the largest value dark, and the colour
+            follows the square root, as most values of a map are far below its largest.
     """
     if len(titles) != len(pictures):
         raise ValueError(f"titles must be {len(pictures)}, one for each picture, got {len(titles)}")
@@ -147,6 +148,7 @@ def layers(pictures: Sequence[Tensor], titles: Sequence[str]) -> Figure:
             ax.imshow(_pixels(picture))
         else:
             values = _array(picture)
+            values = np.sign(values) * np.sqrt(np.abs(values))
             top = float(np.abs(values).max()) or 1.0
             signed = values.min() < 0
             ax.imshow(

@@ -361,7 +361,8 @@ def layer_scrubber(
         kept.append([_strongest(maps[name][0].cpu(), channels) for name in names])
         pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         picture = _data_url(_encoded(pixels, format="jpeg", quality=85), "jpeg")
-        scenes.append({"image": picture, "labels": _runs(labels) if data is not None else None})
+        answer = None if data is None else _data_url(_encoded(labels.byte().numpy()))
+        scenes.append({"image": picture, "labels": answer})
     state = {
         "title": "Layer scrubber",
         "lead": "One picture on its way through the network. Move the slider from the input to the last layer and watch "
@@ -376,12 +377,12 @@ def layer_scrubber(
         "palette": [] if data is None else torch.as_tensor(data.palette).tolist(),
         "scenes": scenes,
     }
-    still = plots.layers([images[0], *(layer[0][1] for layer in kept[0])], ["input", *titles])._repr_png_()
+    still = plots.layers([images[0], *(layer[0][1] for layer in kept[0])], ["input", *titles])
     alt = f"The input and the strongest channel of each layer: {', '.join(titles)}."
-    for levels in 256, 52, 16:  # 255 is a multiple of levels - 1
+    for levels in 256, 52, 16, 6:  # 255 is a multiple of levels - 1
         for scene, layers in zip(scenes, kept, strict=True):
             scene["maps"] = [[_grey(channel, values, levels) for channel, values in layer] for layer in layers]
-        figure = Figure("layer-scrubber", state, still, alt)
+        figure = Figure("layer-scrubber", state, _few_colours(still._repr_png_()), alt)
         size = len(figure.to_html())
         if size <= MAX_HTML:
             return figure
@@ -395,9 +396,10 @@ def _strongest(maps: Tensor, channels: int) -> list[tuple[int, Tensor]]:
 
 
 def _grey(channel: int, values: Tensor, levels: int) -> dict:
-    """A map as a grey picture from black at its lowest value, at most 0, to white at its highest."""
-    low, high = min(0.0, values.min().item()), max(0.0, values.max().item())
-    share = (values - low) / ((high - low) or 1)
+    """The roots of a map, with their signs, as grey: black is the lowest, at most 0, white the highest."""
+    roots = values.sign() * values.abs().sqrt()
+    low, high = min(0.0, roots.min().item()), max(0.0, roots.max().item())
+    share = (roots - low) / ((high - low) or 1)
     pixels = (share * (levels - 1)).round() * (255 // (levels - 1))
     return {
         "channel": channel,
@@ -499,6 +501,15 @@ def _encoded(pixels: np.ndarray, format: str = "png", **options) -> bytes:
 
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format=format, optimize=True, **options)
+    return out.getvalue()
+
+
+def _few_colours(png: bytes) -> bytes:
+    """The same picture in 128 colours: a third of the bytes."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, "png", optimize=True)
     return out.getvalue()
 
 

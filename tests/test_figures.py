@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
+LAYERS, TITLES = ["stage1", "stage3", "score_pool3"], ["stage 1", "stage 3", "scores of pool 3"]
 
 
 @functools.cache
@@ -44,6 +45,7 @@ def figures() -> dict[str, widgets.Figure]:
         "metric-lab": widgets.metric_lab(),
         "skip-mixer": widgets.skip_mixer(model(), val, (0, 1)),
         "upsampling-lab": widgets.upsampling_lab(),
+        "layer-scrubber": widgets.layer_scrubber(model(), [val[0][0], val[1][0]], LAYERS, TITLES, channels=2, data=val),
     }
 
 
@@ -382,13 +384,81 @@ def test_switches_move_with_the_maximum(show):
     assert check_upsampling(page)["switches"] == [0, 7, 8, 15]
 
 
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_scrubber_shows_the_maps_of_the_model(show, classic):
+    page = show("layer-scrubber", classic=classic)
+    val = sg.Toytown("val")
+    for scene in (0, 1):
+        pick(page, "Picture", str(scene + 1))
+        with sg.record(model(), LAYERS) as maps:
+            labels = sg.predict(model(), val[scene][0])
+        page.get_by_role("slider", name="Layer").focus()
+        page.keyboard.press("Home")
+        assert (value(page)["title"], value(page)["size"]) == ("input", [96, 128])
+        for stop, (name, title) in enumerate(zip(LAYERS, TITLES, strict=True), 1):
+            page.get_by_role("slider", name="Layer").focus()
+            page.keyboard.press("ArrowRight")
+            order = maps[name][0].amax((1, 2)).argsort(descending=True)
+            for rank, chip in enumerate(["strongest", "2nd"]):
+                pick(page, "Channel", chip)
+                page.wait_for_function("!Number.isNaN(document.querySelector('seg-figure').value.value)")
+                got, wanted = value(page), maps[name][0, order[rank]]
+                assert (got["stop"], got["title"], got["size"]) == (stop, title, list(wanted.shape))
+                assert got["channel"] == order[rank] and got["maximum"] == pytest.approx(wanted.max().item(), rel=1e-4)
+                assert got["zeros"] == pytest.approx((wanted == 0).float().mean().item(), abs=1e-5)
+                y, x = got["cell"]
+                reach = wanted.abs().max().sqrt().item()  # a grey level is 1/255 of twice this, of the root
+                root = math.copysign(abs(got["value"]) ** 0.5, got["value"])
+                exact = wanted[y, x].sign().item() * wanted[y, x].abs().sqrt().item()
+                assert root == pytest.approx(exact, abs=1.01 * reach / 255)
+        assert got["value"] < 0 or wanted.min() < 0  # scores have both signs
+        page.get_by_role("slider", name="Layer").focus()
+        page.keyboard.press("End")
+        y, x = value(page)["cell"]
+        page.get_by_text(f"Row {y}, column {x}: {val.classes[labels[y, x]]}.").wait_for()
+
+
+def test_scrubber_marks_the_same_place_in_every_layer(show):
+    page = show("layer-scrubber")
+    image = page.get_by_role("img", name="Picture 1").bounding_box()
+    page.mouse.move(image["x"] + 0.76 * image["width"], image["y"] + 0.26 * image["height"])
+    assert value(page)["cell"] == [24, 97]
+    page.get_by_role("application").focus()
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    assert (value(page)["title"], value(page)["cell"]) == ("stage 3", [24 // 8, 97 // 8])
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("-")
+    assert (value(page)["title"], value(page)["cell"]) == (
+        "stage 1",
+        [28 // 2, 92 // 2],
+    )  # the middle of the coarse cell
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+
+
+def test_scrubber_plays_to_the_end_and_stops(show):
+    page = show("layer-scrubber")
+    page.clock.install()
+    page.get_by_role("button", name="Play").click()
+    page.clock.run_for(2000)
+    assert value(page)["stop"] == 2
+    page.clock.run_for(5000)
+    assert value(page)["title"] == "answer" and page.get_by_role("button", name="Play").is_visible()
+    still = show("layer-scrubber", reduced_motion="reduce")
+    assert still.get_by_role("slider", name="Layer").is_visible()
+    assert still.get_by_role("button", name="Play").count() == 0
+
+
 @pytest.mark.parametrize("mode", COLOURS)
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab"])
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber"])
 def test_accessible(show, name, mode):
     from axe_playwright_python.sync_playwright import Axe
 
     page = show(name, mode)
-    page.get_by_role("button").nth(1).click()
+    if name == "layer-scrubber":
+        page.get_by_role("slider").press("End")
+    else:
+        page.get_by_role("button").nth(1).click()
     results = Axe().run(page, options={"resultTypes": ["violations", "passes", "incomplete"]})
     assert results.violations_count == 0, results.generate_report()
     contrast = {kind: [] for kind in ("passes", "incomplete")}
@@ -398,7 +468,7 @@ def test_accessible(show, name, mode):
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab"])
+@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber"])
 def test_fits(show, name, width):
     page = show(name, width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -10,6 +10,7 @@ from torch import nn
 
 import segedu as sg
 from segedu.models.deconvnet import OverProposals
+from segedu.models.unet import OverlapTile
 
 MODELS = {
     "FCN-32s": lambda: sg.FCN(5, stride=32, pad=1, width=1 / 16),
@@ -17,6 +18,7 @@ MODELS = {
     "FCN-8s": lambda: sg.FCN(5, stride=8, pad=1, width=1 / 16),
     "FCN-8s pad 100": lambda: sg.FCN(5, width=1 / 16),
     "U-Net": lambda: sg.UNet(5, width=1 / 16),
+    "U-Net, overlap-tile": lambda: OverlapTile(sg.UNet(5, padding=0, width=1 / 16)),
     "SegNet": lambda: sg.SegNet(5, width=1 / 16),
     **{
         f"SegNet-Basic {decoder}": partial(sg.SegNetBasic, 5, decoder=decoder, width=1 / 8)

@@ -31,6 +31,7 @@ def every_figure(scene):
         "errors": plots.errors(labels, target),
         "answer": plots.answer(image, target, labels, PALETTE, CLASSES),
         "maps": plots.maps(image),
+        "layers": plots.layers([image, image[0, ::4, ::4], image[1] - 0.5], ["input", "6 x 8", "scores"]),
         "curves": plots.curves({"32s": [[3, 2, 1], [4, 2, 1.5]], "8s": torch.tensor([3.0, 1, 0.5])}),
         "bars": plots.bars({"32s": [0.5, 0.6], "8s": [0.7, 0.8]}),
         "field": plots.field(image, sg.receptive.Field(10, 8, 3.5), image[0], (1, 2)),
@@ -100,6 +101,20 @@ def test_maps_share_a_scale_and_say_what_is_wrong():
         plots.maps(torch.ones(1, 3, 4, 4))
     with pytest.raises(ValueError, match="names must be 3"):
         plots.maps(torch.ones(3, 4, 4), ["a"])
+
+
+def test_layers_stand_five_in_a_row_at_one_size_each_on_its_scale(scene):
+    image, _ = scene
+    maps = [image[0, :6, :8] * 9 for _ in range(9)]
+    maps[4] = -maps[4]
+    figure = plots.layers([image, *maps], ["input", *map(str, range(9))])
+    assert len({round(ax.get_position().y0, 3) for ax in figure.axes}) == 2
+    drawn = [ax.images[0] for ax in figure.axes]
+    assert {tuple(picture.get_extent()) for picture in drawn[1:]} == {(0, 32, 24, 0)}
+    top = maps[0].max().sqrt().item()
+    assert drawn[1].get_clim() == pytest.approx((0, top)) and drawn[5].get_clim() == pytest.approx((-top, top))
+    with pytest.raises(ValueError, match="titles must be 10"):
+        plots.layers([image, *maps], ["input"])
 
 
 def test_curves_are_the_mean_with_a_band_from_least_to_most():

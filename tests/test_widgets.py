@@ -1,11 +1,15 @@
 """What the widgets hand to a page, to JupyterLab and to Colab; the live controls."""
 
+import base64
+import io
 import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import segedu as sg
 from segedu import widgets
@@ -93,6 +97,79 @@ def test_mixer_needs_an_fcn_8s_for_small_pictures(val):
         widgets.skip_mixer(sg.FCN(11, stride=16, pad=1, width=1 / 8), val)
     with pytest.raises(ValueError, match="frozen upsampling"):
         widgets.skip_mixer(sg.FCN(11, pad=1, learn_upsampling=True, width=1 / 8), val)
+
+
+def test_lab_opens_on_a_checkerboard_and_is_small():
+    figure = widgets.upsampling_lab()
+    assert figure.to_html() == widgets.upsampling_lab().to_html() and len(figure.to_html()) < 30_000
+    opening = figure.state["presets"][0]
+    assert (opening["kernel"], opening["stride"], opening["padding"]) == ([1] * 9, 2, 1)
+    values = torch.tensor(widgets.SWITCHED).float()
+    pooled, switches = torch.nn.functional.max_pool2d(values[None], 2, return_indices=True)
+    assert pooled.flatten().tolist() == [6, 8, 3, 4]
+    assert switches.flatten().tolist() == [5, 7, 8, 15]  # (1, 1), (1, 3), (2, 0), (3, 3)
+
+
+def decoded(url: str) -> torch.Tensor:
+    with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as picture:
+        return torch.from_numpy(np.array(picture))
+
+
+class Pyramid(torch.nn.Sequential):
+    """Maps known by heart: channel c is c + 1 times the red of the picture, then minus 0.5; scores as they are."""
+
+    def __init__(self) -> None:
+        red, shift = torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Conv2d(4, 4, 1)
+        with torch.no_grad():
+            red.weight.zero_()[:, 0, 0, 0] = torch.tensor([1.0, 2, 3, 4])
+            shift.weight.copy_(torch.eye(4)[..., None, None])
+            shift.bias.fill_(-0.5)
+        super().__init__(red, torch.nn.MaxPool2d(2), shift, torch.nn.Upsample(scale_factor=2))
+
+
+def test_scrubber_keeps_the_strongest_channels_and_their_values(val):
+    image = torch.zeros(3, 8, 12)
+    image[0, :4] = torch.linspace(0, 1, 12)
+    model = Pyramid().train()
+    state = widgets.layer_scrubber(model, [image], ["0", "2"], ["red", "shifted"], channels=2, data=val).state
+    assert model.training
+    assert [(layer["title"], layer["rows"], layer["cols"], layer["channels"]) for layer in state["layers"]] == [
+        ("red", 8, 12, 4),
+        ("shifted", 4, 6, 4),
+    ]
+    red, shifted = state["scenes"][0]["maps"]
+    assert [one["channel"] for one in red] == [one["channel"] for one in shifted] == [3, 2]
+    assert (red[0]["low"], red[0]["high"]) == (0, 2) and (shifted[0]["low"], shifted[0]["high"]) == pytest.approx(
+        (-(0.5**0.5), 3.5**0.5), abs=1e-5
+    )
+    assert red[0]["zeros"] == pytest.approx((48 + 4) / 96, abs=1e-6) and shifted[0]["zeros"] == 0
+    grey = decoded(red[0]["grey"])
+    root = red[0]["low"] + grey / 255 * (red[0]["high"] - red[0]["low"])
+    torch.testing.assert_close(root**2, 4 * image[0], atol=2 * 2 * 2 / 255, rtol=0)
+    assert decoded(state["scenes"][0]["labels"]).unique().tolist() == [0, 3]
+
+
+def test_scrubber_of_two_large_pictures_fits_a_notebook(val):
+    torch.manual_seed(0)
+    images = [torch.nn.functional.interpolate(val[i][0][None], (224, 224), mode="bilinear")[0] for i in range(2)]
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 11, 3, padding=1), torch.nn.ReLU())
+    figure = widgets.layer_scrubber(model, images, ["0", "1"])
+    assert figure.state["classes"] == [] and [layer["title"] for layer in figure.state["layers"]] == ["0", "1"]
+    assert len(figure.to_html()) <= widgets.MAX_HTML < 400_000
+    assert figure.to_html() == widgets.layer_scrubber(model, images, ["0", "1"]).to_html()
+    with pytest.raises(ValueError, match=r"over 390000; show fewer"):
+        widgets.layer_scrubber(model, [torch.rand(3, 640, 640)], ["0"])
+
+
+def test_scrubber_says_what_it_needs(model, val):
+    images = [val[0][0], val[1][0][:, :64]]
+    with pytest.raises(ValueError, match=r"one size, got \[\(3, 96, 128\), \(3, 64, 128\)\]"):
+        widgets.layer_scrubber(model, images, ["stage1"])
+    with pytest.raises(ValueError, match=r"titles must be 1.*got 2"):
+        widgets.layer_scrubber(model, images[:1], ["stage1"], ["a", "b"])
+    flat = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Flatten(), torch.nn.Unflatten(1, (2, 96, 128)))
+    with pytest.raises(ValueError, match="1 gives no maps"):
+        widgets.layer_scrubber(flat, images[:1], ["1"])
 
 
 def test_explore_answers(model, val):

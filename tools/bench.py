@@ -1,5 +1,6 @@
 """How fast the parts are: `python tools/bench.py`. A function for each entry; each prints its own lines."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -79,9 +80,72 @@ def toytown(n: int = 200) -> None:
     print(f"Toytown\n  drawing {n / (time.perf_counter() - start):26.0f} scenes/s")
 
 
+def unet() -> None:
+    """Forward and backward, beside SMP's U-Net on VGG16, ours with the width that gives as many parameters.
+
+    They are not the same net. The paper has as many channels at full resolution on the way up as on the way down, SMP's
+    decoder a quarter of them, and batch norm. At equal parameters ours does more work, so that is printed too.
+    """
+    import segmentation_models_pytorch as smp
+
+    from segedu.models.unet import UNet
+
+    nets = {
+        "segedu": UNet(11, width=0.875),
+        "smp, vgg16": smp.Unet("vgg16", encoder_weights=None, classes=11),
+    }
+    images, target = torch.rand(1, 3, 256, 256), torch.randint(0, 11, (1, 256, 256))
+
+    def step(net: torch.nn.Module) -> None:
+        net.zero_grad()
+        F.cross_entropy(net(images), target).backward()
+
+    seconds = median_seconds({name: functools.partial(step, net) for name, net in nets.items()}, rounds=3)
+    print("U-Net, forward and backward, one picture of 256 x 256, 11 classes")
+    for name, value in seconds.items():
+        count = sum(p.numel() for p in nets[name].parameters())
+        work = flops(nets[name])
+        print(
+            f"  {name:<12} {count:12,} parameters {work / 1e9:6.1f} G multiply-adds {value:6.2f} s "
+            f"{1e12 * value / work:6.1f} ps each {value / seconds['segedu']:5.2f} x"
+        )
+
+
+def flops(net: torch.nn.Module) -> int:
+    """Multiply-adds of one forward at 256 x 256, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.eval()(torch.rand(1, 3, 256, 256))
+    net.train()
+    return counter.get_total_flops() // 2
+
+
+def unpooling() -> None:
+    """Pooling with switches and back, beside torch's own two calls."""
+    from segedu.layers import pool_with_switches, unpool
+
+    x = torch.rand(4, 64, 180, 240)
+
+    def ours() -> object:
+        pooled, switches = pool_with_switches(x)
+        return unpool(pooled, switches, like=x)
+
+    def plain() -> object:
+        pooled, switches = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(pooled, switches, 2)
+
+    seconds = median_seconds({"segedu": ours, "torch": plain}, rounds=20)
+    print("pooling and unpooling, 4 x 64 x 180 x 240")
+    for name, value in seconds.items():
+        print(f"  {name:<12} {1000 * value:8.1f} ms {value / seconds['segedu']:6.2f} x")
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     confusion()
+    unet()
+    unpooling()
     torch.set_num_threads(1)
     print("1 thread")
     scores()

@@ -8,6 +8,7 @@ A run that was cut goes on from its checkpoint in runs/.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import segedu as sg
+from segedu.data.cells import merged
 from segedu.layers import normalize, pool_with_switches, unpool
 from segedu.models.fcn import load_coarser, sampled_loss
 from segedu.models.segnet import balanced_loss, median_frequency
+from segedu.models.unet import border_loss
 from segedu.training import Loss, pixel_loss
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +98,7 @@ class Job:
     start: Callable[[nn.Module, int], None] | None = None
     pictures: Callable[[Dataset], Dataset] = lambda data: data  # what of the training set the model sees
     scored: Callable[[nn.Module], nn.Module] = lambda model: model  # what is scored on whole pictures
+    measured: Callable[[nn.Module, Dataset], dict] = lambda model, test: {}  # beside the scores
     chapter: str = "02_fcn"
 
 
@@ -108,6 +112,12 @@ def staged(model: nn.Module, seed: int) -> None:
         sg.fit(fine, data, recipe, seed=seed)
         coarse = fine
     load_coarser(model, coarse)
+
+
+def share_merged(model: nn.Module, test: sg.Cells) -> dict:
+    """The share of cells that the prediction joins to another cell."""
+    joined = [merged(sg.predict(model, test[i][0]), test.instances(i)) for i in range(len(test))]
+    return {"merged": torch.cat(joined).float().mean().item()}
 
 
 @cache
@@ -138,6 +148,12 @@ def jobs() -> Iterator[Job]:
     short = replace(TOYTOWN, steps=500)
     for name, net in {"concat": sg.UNet, "sum": UNetSum, "none": UNetAlone}.items():
         yield Job("skips", f"unet-{name}", {"width": 1 / 8}, model=net, recipe=short, chapter="04_unet")
+    for border, elastic in itertools.product((False, True), (0.0, 3.0)):
+        name = "unet" + "-border" * border + "-elastic" * bool(elastic) + "-plain" * (not border and not elastic)
+        recipe = replace(sg.recipes.MINI, steps=500, batch=4, elastic=elastic)
+        loss = border_loss() if border else pixel_loss
+        yield Job("cells", name, {"width": 1 / 8}, model=sg.UNet, data="cells", recipe=recipe, loss=loss,
+                  measured=share_merged, chapter="04_unet")  # fmt: skip
     yield Job("camvid", "unet", {"width": 1 / 8}, model=sg.UNet, recipe=sg.recipes.MINI_CAMVID, data="camvid",
               chapter="04_unet")  # fmt: skip
     yield Job("segnet", "segnet", {"width": 1 / 8}, model=sg.SegNet, chapter="05_segnet")
@@ -166,7 +182,7 @@ def record(job: Job, seed: int) -> None:
     file = ROOT / "results" / f"{name}.json"
     if file.exists():
         return
-    data = {"toytown": sg.Toytown, "camvid": sg.CamVid}[job.data]
+    data = {"toytown": sg.Toytown, "camvid": sg.CamVid, "cells": sg.Cells}[job.data]
     train, test = data("train"), data("test")
     torch.manual_seed(seed)
     model = job.model(len(train.classes), **job.arguments)
@@ -193,6 +209,7 @@ def record(job: Job, seed: int) -> None:
         "peak_memory_mb": round(run.peak_memory_mb),
         "loss": [round(value, 4) for value in run.loss],
         "scores": scores.to_dict(),
+        **job.measured(model, test),
     }
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -204,8 +204,7 @@ class BilinearDecoder(UnpoolDecoder):
     """As `UnpoolDecoder`, with fixed interpolation for the unpooling. The switches are not looked at."""
 
     def forward(self, x: Tensor, switches: Tensor, *, like: Tensor) -> Tensor:
-        x = F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)))
 
 
 def median_frequency(targets: Sequence, num_classes: int) -> Tensor:

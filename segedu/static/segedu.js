@@ -49,6 +49,7 @@ kbd { font: 0.72rem/1 ui-monospace, monospace; border: 1px solid var(--line); bo
 .swatch { width: 0.95em; height: 0.95em; flex: none; display: inline-block; vertical-align: -0.12em; border: 1px solid var(--line); border-radius: 0.15em; }
 .slider { display: grid; grid-template-columns: 1fr auto; gap: 0 0.6rem; margin-bottom: 0.35rem; }
 .slider input { grid-column: 1 / -1; width: 100%; height: 1.5rem; margin: 0; accent-color: var(--accent); }
+.slider input:focus-visible { outline-offset: -2px; }
 .pictures { display: grid; gap: 0.7rem; margin-bottom: 0.7rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-weight: 600; margin-bottom: 0.2rem; }
@@ -983,22 +984,23 @@ function layerScrubber(state, tell) {
     state.title, state.lead,
     h("div", { class: "row wide" }, which.element, ranks.element),
     layer.element, h("div", { class: "row" }, play), facts,
-    h("div", { class: "columns even" }, image.element, map.element), where, colours, density.element,
+    h("div", { class: "columns" }, image.element, map.element), where, colours, density.element,
     h("p", { class: "hint", id: "keys" },
       "Keys on the slider: left and right. Point at a picture to mark the same place in both. Keys in the map: arrows move the mark, with shift 4 cells; " +
-      "+ and − go to the next and to the last layer. Blue: above 0, the darker the larger, white: 0, orange: below. Rows and columns are counted from 0."),
+      "+ and − go to the next layer and to the one before. White is 0, blue above, orange below; each map has its own scale, by the root of the value. Rows and columns are counted from 0."),
   );
 
   function open(i) {
     scene = scenes[i];
-    labels = answers && unpack(scene.labels);
-    shown = null;
+    shown = labels = null;
     grey = layers.map(() => []);
-    scene.maps.forEach((maps, l) => maps.forEach((one, r) => greys(one.grey, layers[l].rows, layers[l].cols, (bytes) => {
+    const load = (url, at, keep) => greys(url, stops[at].rows, stops[at].cols, (bytes) => {
       if (scene !== scenes[i]) return;
-      grey[l][r] = bytes;
-      if (l === stop - 1 && r === rank) update();
-    })));
+      keep(bytes);
+      if (at === stop) update();
+    });
+    scene.maps.forEach((maps, l) => maps.forEach((one, r) => load(one.grey, l + 1, (bytes) => (grey[l][r] = bytes))));
+    if (answers) load(scene.labels, stops.length - 1, (bytes) => (labels = bytes));
     const loading = new Image();
     loading.onload = () => scene === scenes[i] && ((shown = loading), draw());
     loading.src = scene.image;
@@ -1025,9 +1027,11 @@ function layerScrubber(state, tell) {
     play.textContent = "Play";
   }
 
-  /** The map of this stop: {channel, low, high, zeros, grey}; none at the input and the answer. */
+  /** The map of this stop: {channel, low, high, zeros, grey}, black being low, white high; none at the input and the answer. */
   const current = () => scene.maps[stop - 1]?.[rank];
-  function valueAt(i) {
+  const square = (root) => root * Math.abs(root);
+  /** The root of a value, with its sign: so are maps kept and coloured, as most values are far below the largest. */
+  function rootAt(i) {
     const { low, high } = current();
     const bytes = grey[stop - 1][rank];
     return bytes ? low + (bytes[i] / 255) * (high - low) : NaN;
@@ -1038,15 +1042,16 @@ function layerScrubber(state, tell) {
     if (shown) image.context.drawImage(shown, 0, 0, image.canvas.width, image.canvas.height);
     if (one) {
       const top = Math.max(-one.low, one.high);
-      fill(map, (i) => heat(valueAt(i) || 0, top));
-    } else if (stop) fill(map, labelColour(labels, palette));
+      const { length } = grey[stop - 1][rank] || [];
+      fill(map, (i) => (length ? heat(rootAt(i), top) : VOID));
+    } else if (stop) fill(map, labels ? labelColour(labels, palette) : () => VOID);
     else if (shown) map.context.drawImage(shown, 0, 0, map.canvas.width, map.canvas.height);
     if (place.seen) for (const view of [image, map]) mark(view, cursor.row, cursor.col, map.cell < 8 ? 3 : 1);
   }
 
   function point() {
     const i = cursor.row * map.cols + cursor.col;
-    const what = current() ? short(valueAt(i), 3) : stop ? classes[labels[i]] : "a pixel of the picture";
+    const what = current() ? short(square(rootAt(i)), 3) : stop ? classes[labels?.[i]] || "–" : "a pixel of the picture";
     where.textContent = `Row ${cursor.row}, column ${cursor.col}: ${what}.`;
     return where.textContent;
   }
@@ -1062,7 +1067,7 @@ function layerScrubber(state, tell) {
     const head = `${title} (${stop} of ${stops.length - 1}): ${height} × ${width} cells`;
     facts.textContent = one
       ? `${head}, ${channels} channels. A cell stands for ${short(rows / height)} × ${short(cols / width)} pixels. ` +
-        `Channel ${one.channel} reaches ${short(one.high)}; ${fixed(100 * (1 - one.zeros), 1)} % of its cells are not 0.`
+        `Channel ${one.channel} reaches ${short(square(one.high))}; ${fixed(100 * (1 - one.zeros), 1)} % of its cells are not 0.`
       : stop ? `${head}. The class with the highest score in each pixel.` : `${head}, 3 colours.`;
     density.set(scene.maps.map((maps) => maps[rank] && 1 - maps[rank].zeros));
     density.rows.forEach((row, l) => (row.element.className = l === stop - 1 ? "first" : ""));
@@ -1075,7 +1080,7 @@ function layerScrubber(state, tell) {
 
   const report = () => tell({
     picture: scenes.indexOf(scene), stop, title: stops[stop].title, size: [map.rows, map.cols], cell: [cursor.row, cursor.col],
-    ...(current() ? { channel: current().channel, value: valueAt(cursor.row * map.cols + cursor.col), zeros: current().zeros, high: current().high } : {}),
+    ...(current() ? { channel: current().channel, value: square(rootAt(cursor.row * map.cols + cursor.col)), zeros: current().zeros, maximum: square(current().high) } : {}),
   });
 
   function look() {
