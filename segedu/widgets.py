@@ -378,11 +378,12 @@ def layer_scrubber(
         "scenes": scenes,
     }
     still = plots.layers([images[0], *(layer[0][1] for layer in kept[0])], ["input", *titles])
+    still = _few_colours(still._repr_png_())
     alt = f"The input and the strongest channel of each layer: {', '.join(titles)}."
     for levels in 256, 52, 16, 6:  # 255 is a multiple of levels - 1
         for scene, layers in zip(scenes, kept, strict=True):
             scene["maps"] = [[_grey(channel, values, levels) for channel, values in layer] for layer in layers]
-        figure = Figure("layer-scrubber", state, _few_colours(still._repr_png_()), alt)
+        figure = Figure("layer-scrubber", state, still, alt)
         size = len(figure.to_html())
         if size <= MAX_HTML:
             return figure

@@ -158,7 +158,7 @@ def test_scrubber_of_two_large_pictures_fits_a_notebook(val):
     assert len(figure.to_html()) <= widgets.MAX_HTML < 400_000
     assert figure.to_html() == widgets.layer_scrubber(model, images, ["0", "1"]).to_html()
     with pytest.raises(ValueError, match=r"over 390000; show fewer"):
-        widgets.layer_scrubber(model, [torch.rand(3, 640, 640)], ["0"])
+        widgets.layer_scrubber(model, [torch.rand(3, 640, 640)], ["0"], channels=1)
 
 
 def test_scrubber_says_what_it_needs(model, val):

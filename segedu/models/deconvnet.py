@@ -70,7 +70,7 @@ class DeconvNet(nn.Module):
         self.deconv1 = deconvolutions([c1, c1, c1], batch_norm)
         self.score = nn.Conv2d(c1, num_classes, 1)
         for layer in (m for m in self.modules() if isinstance(m, nn.ConvTranspose2d) or m is self.score):
-            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.normal_(layer.weight, std=0.01 / width**0.5)  # the paper's 0.01, and its variances in narrow nets
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
