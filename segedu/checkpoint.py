@@ -2,12 +2,15 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from segedu.recipes import Recipe
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, facts: dict) -> None:
@@ -39,7 +42,8 @@ def resume(path: Path, model: nn.Module, optimizer: Optimizer, wanted: dict) -> 
     Raises ValueError if it differs in a fact of `wanted`: it belongs to another run.
     """
     facts, tensors = read_checkpoint(path)
-    wanted = json.loads(json.dumps(wanted))
+    facts["recipe"] = asdict(Recipe(**facts["recipe"]))  # a field that a newer version added has its default
+    facts, wanted = json.loads(json.dumps([facts, wanted]))
     other = [f"{key}: {facts.get(key)} there, {wanted[key]} here" for key in wanted if facts.get(key) != wanted[key]]
     if other:
         raise ValueError(f"{path} belongs to another run ({'; '.join(other)}); choose another path or delete the file")

@@ -1,5 +1,6 @@
 """fit, evaluate, predict: learning, exact resume, several processes, and what bad input is told."""
 
+import json
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import segedu as sg
@@ -360,6 +361,18 @@ def test_a_checkpoint_of_another_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="another model's weights"):
         sg.fit(net(classes=3), Stripes(), SHORT, checkpoint=path, progress=False)
     assert path.read_bytes() == before
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """A recipe that was saved before a field was added means that field's default."""
+    path = tmp_path / "run.safetensors"
+    sg.fit(net(), Stripes(), SHORT, checkpoint=path, progress=False)
+    facts, tensors = read_checkpoint(path)
+    del facts["recipe"]["elastic"]
+    save_file(tensors, path, metadata={"segedu": json.dumps(facts)})
+    assert len(sg.fit(net(), Stripes(), SHORT, checkpoint=path, progress=False).loss) == SHORT.steps
+    with pytest.raises(ValueError, match="belongs to another run.*elastic"):
+        sg.fit(net(), Stripes(), replace(SHORT, elastic=2.0), checkpoint=path, progress=False)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):

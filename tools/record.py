@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 import segedu as sg
 from segedu.data.cells import merged
 from segedu.layers import normalize, pool_with_switches, unpool
+from segedu.models.deconvnet import Ensemble, ObjectCrops, OverProposals, ProposalCrops, grid_boxes
 from segedu.models.fcn import load_coarser, sampled_loss
 from segedu.models.segnet import balanced_loss, median_frequency
 from segedu.models.unet import border_loss
@@ -97,7 +98,8 @@ class Job:
     loss: Loss = pixel_loss
     start: Callable[[nn.Module, int], None] | None = None
     pictures: Callable[[Dataset], Dataset] = lambda data: data  # what of the training set the model sees
-    scored: Callable[[nn.Module], nn.Module] = lambda model: model  # what is scored on whole pictures
+    scored: Callable[[nn.Module, int], nn.Module] = lambda model, seed: model  # what is scored on whole pictures
+    weights: str = ""  # name of the run that has the same training; default: this one
     measured: Callable[[nn.Module, Dataset], dict] = lambda model, test: {}  # beside the scores
     chapter: str = "02_fcn"
 
@@ -118,6 +120,33 @@ def share_merged(model: nn.Module, test: sg.Cells) -> dict:
     """The share of cells that the prediction joins to another cell."""
     joined = [merged(sg.predict(model, test[i][0]), test.instances(i)) for i in range(len(test))]
     return {"merged": torch.cat(joined).float().mean().item()}
+
+
+THINGS = ("building", "pole", "tree", "sign", "car", "boat", "person")
+CROPS = replace(sg.recipes.MINI, scale=(250 / 224, 250 / 224))
+
+
+def on_objects(model: sg.DeconvNet, seed: int) -> None:
+    """Stage 1 of DeconvNet: 700 of its 2100 steps."""
+    crops = ObjectCrops(sg.Toytown("train"), THINGS, size=model.size)
+    sg.fit(model, crops, replace(CROPS, steps=700), seed=seed)
+
+
+def proposal_crops(data: Dataset) -> Dataset:
+    return ProposalCrops(data, grid_boxes, THINGS, size=64)
+
+
+def over(limit: int = 14, aggregate: str = "max") -> Callable[[nn.Module, int], nn.Module]:
+    return lambda model, seed: OverProposals(model, limit=limit, aggregate=aggregate)
+
+
+def with_fcn8s(model: sg.DeconvNet, seed: int) -> nn.Module:
+    """DeconvNet over proposals, with chapter 02's FCN-8s of the same seed."""
+    torch.manual_seed(seed)
+    fcn = sg.FCN(model.num_classes, stride=8, **SMALL)
+    checkpoint = ROOT / "runs" / f"fcn8s-toytown-mini-seed{seed}.safetensors"
+    sg.fit(fcn, sg.Toytown("train"), TOYTOWN, seed=seed, checkpoint=checkpoint)
+    return Ensemble(OverProposals(model, limit=14), fcn)
 
 
 @cache
@@ -166,6 +195,18 @@ def jobs() -> Iterator[Job]:
               recipe=short, loss=balanced, chapter="05_segnet")  # fmt: skip
     yield Job("camvid", "segnet", {"width": 1 / 8}, model=sg.SegNet, recipe=sg.recipes.MINI_CAMVID, data="camvid",
               chapter="05_segnet")  # fmt: skip
+    small = {"size": 64, "width": 1 / 8}
+    deconvnet = {"arguments": small, "model": sg.DeconvNet, "pictures": proposal_crops, "chapter": "06_deconvnet"}
+    two_stages = {**deconvnet, "recipe": replace(CROPS, steps=1400), "start": on_objects}
+    yield Job("stages", "deconvnet", scored=over(), **two_stages)
+    one_stage = {**deconvnet, "recipe": replace(CROPS, steps=2100)}
+    yield Job("stage-2-only", "deconvnet-stage-2-only", scored=over(), **one_stage)
+    plain = {**two_stages, "arguments": {**small, "batch_norm": False}}
+    yield Job("batch-norm", "deconvnet-no-batch-norm", scored=over(), **plain)
+    for limit, aggregate in [(1, "max"), (5, "max"), (14, "max"), (30, "max"), (50, "max"), (14, "sum"), (50, "sum")]:
+        yield Job("proposals", f"deconvnet-{limit}-{aggregate}", weights="deconvnet", scored=over(limit, aggregate),
+                  **two_stages)  # fmt: skip
+    yield Job("ensemble", "edeconvnet", weights="deconvnet", scored=with_fcn8s, **two_stages)
 
 
 def git_hash() -> str:
@@ -186,11 +227,11 @@ def record(job: Job, seed: int) -> None:
     train, test = data("train"), data("test")
     torch.manual_seed(seed)
     model = job.model(len(train.classes), **job.arguments)
-    checkpoint = ROOT / "runs" / f"{name}.safetensors"
+    checkpoint = ROOT / "runs" / f"{job.weights or job.name}-{job.data}-mini-seed{seed}.safetensors"
     if job.start is not None and not checkpoint.exists():
         job.start(model, seed)
     run = sg.fit(model, job.pictures(train), job.recipe, seed=seed, loss=job.loss, checkpoint=checkpoint)
-    scores = sg.evaluate(job.scored(model), test)
+    scores = sg.evaluate(job.scored(model, seed), test)
     facts = {
         "name": name,
         "chapter": job.chapter,
