@@ -371,7 +371,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     del facts["recipe"]["elastic"]
     save_file(tensors, path, metadata={"segedu": json.dumps(facts)})
     assert len(sg.fit(net(), Stripes(), SHORT, checkpoint=path, progress=False).loss) == SHORT.steps
-    with pytest.raises(ValueError, match="belongs to another run.*elastic"):
+    with pytest.raises(ValueError, match=r"belongs to another run.*elastic"):
         sg.fit(net(), Stripes(), replace(SHORT, elastic=2.0), checkpoint=path, progress=False)
 
 
