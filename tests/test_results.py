@@ -31,6 +31,29 @@ def test_skips_help_at_every_seed():
             assert fine > middle > coarse, (seed, path)
 
 
+def by_seed(path, **match):
+    return {run["seed"]: results.value(run, path) for run in results.load(scale="mini", **match)}
+
+
+def test_without_skips_unet_loses_its_outlines_at_every_seed():
+    """Chapter 04: no skip is far below both ways to join, in mean IU and boundary F1."""
+    for path in ("scores.miou", "scores.boundary_f1"):
+        none, total, concat = (
+            by_seed(path, chapter="04_unet", experiment="skips", model=name)
+            for name in ("UNetAlone", "UNetSum", "UNet")
+        )
+        assert len(none) == 3 and all(none[seed] < 0.8 * min(total[seed], concat[seed]) for seed in none)
+
+
+def test_border_weights_keep_cells_apart_at_every_seed():
+    """Chapter 04: fewer cells are joined with the weight map, with and without elastic deformation."""
+    runs = results.load("04_unet", experiment="cells")
+    merged = {(run["name"].split("-cells")[0], run["seed"]): run["merged"] for run in runs}
+    for seed in (0, 1, 2):
+        assert merged["unet-border", seed] < merged["unet-plain", seed]
+        assert merged["unet-border-elastic", seed] < merged["unet-elastic", seed]
+
+
 def test_table_by_hand():
     runs = [{"a": {"b": 0.1}}, {"a": {"b": 0.2}}, {"a": {"b": None}}]
     table = results.table({"both": runs, "one": runs[:1], "empty": [], "none": runs[2:]}, {"b": "a.b"}, digits=2)
