@@ -203,7 +203,7 @@ def jobs() -> Iterator[Job]:
     yield Job("stage-2-only", "deconvnet-stage-2-only", scored=over(), **one_stage)
     plain = {**two_stages, "arguments": {**small, "batch_norm": False}}
     yield Job("batch-norm", "deconvnet-no-batch-norm", scored=over(), **plain)
-    for limit, aggregate in [(1, "max"), (5, "max"), (14, "max"), (30, "max"), (50, "max"), (14, "sum"), (50, "sum")]:
+    for limit, aggregate in itertools.product((1, 5, 14, 30, 50), ("max", "sum")):
         yield Job("proposals", f"deconvnet-{limit}-{aggregate}", weights="deconvnet", scored=over(limit, aggregate),
                   **two_stages)  # fmt: skip
     yield Job("ensemble", "edeconvnet", weights="deconvnet", scored=with_fcn8s, **two_stages)
