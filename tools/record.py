@@ -12,7 +12,8 @@ import itertools
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -149,6 +150,55 @@ def with_fcn8s(model: sg.DeconvNet, seed: int) -> nn.Module:
     return Ensemble(OverProposals(model, limit=14), fcn)
 
 
+@torch.no_grad()
+def mixed_up(model: sg.DeconvNet, test: Dataset) -> dict:
+    """Code of picture B with switches of picture A, and A's code with spoiled switches: what the answer is like.
+
+    Means over 100 pairs of the correlation of activities after deconv1 ("structure") and of the shared area of label
+    counts ("classes"), with A's own answer (_a) and with B's own (_b).
+    """
+    device = next(model.parameters()).device
+    model.eval()
+
+    def decoded(code: Tensor, switches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        with sg.record(model, ["deconv1"]) as maps:
+            labels = model.decode(code, switches).argmax(1)
+        return maps["deconv1"].sum(1).flatten(), labels.flatten().bincount(minlength=model.num_classes) / labels.numel()
+
+    def alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+        structure = torch.corrcoef(torch.stack([one[0], other[0]]))[0, 1]
+        return torch.stack([structure, torch.minimum(one[1], other[1]).sum()])
+
+    def moved(switches: Sequence[Tensor], rule: Callable[..., Tensor]) -> list[Tensor]:
+        """Every switch to place rule(0 or 1, like=switch) of its 2 x 2 window, in rows and in columns."""
+        spoiled = []
+        for k, s in enumerate(switches):
+            side = model.size // 2**k
+            corner = torch.arange(0, side, 2, device=device)[:, None] * side + torch.arange(0, side, 2, device=device)
+            spoiled.append(corner + rule(s) * side + rule(s))
+        return spoiled
+
+    pictures = [test[i][0] for i in range(100)]
+    squares = [F.interpolate(p[None].to(device), (model.size,) * 2, mode="bilinear", antialias=True) for p in pictures]
+    encoded = [model.encode(square) for square in squares]
+    own = [decoded(*pair) for pair in encoded]
+    torch.manual_seed(0)
+    found = defaultdict(list)
+    for i, (code, switches) in enumerate(encoded):
+        j = (i + 7) % len(encoded)
+        tries = {
+            "other code": (encoded[j][0], switches),
+            "unmixed": encoded[j],
+            "corner": (code, moved(switches, torch.zeros_like)),
+            "random": (code, moved(switches, lambda s: torch.randint_like(s, 2))),
+        }
+        for name, pair in tries.items():
+            answer = decoded(*pair)
+            found[name].append(torch.cat([alike(answer, own[i]), alike(answer, own[j])]))
+    columns = ("structure_a", "classes_a", "structure_b", "classes_b")
+    return {"mixing": {n: dict(zip(columns, torch.stack(v).mean(0).tolist(), strict=True)) for n, v in found.items()}}
+
+
 @cache
 def toytown_weights() -> Tensor:
     return median_frequency(sg.Toytown("train"), len(sg.Toytown.classes))
@@ -198,7 +248,7 @@ def jobs() -> Iterator[Job]:
     small = {"size": 64, "width": 1 / 8}
     deconvnet = {"arguments": small, "model": sg.DeconvNet, "pictures": proposal_crops, "chapter": "06_deconvnet"}
     two_stages = {**deconvnet, "recipe": replace(CROPS, steps=1400), "start": on_objects}
-    yield Job("stages", "deconvnet", scored=over(), **two_stages)
+    yield Job("stages", "deconvnet", scored=over(), measured=mixed_up, **two_stages)
     one_stage = {**deconvnet, "recipe": replace(CROPS, steps=2100)}
     yield Job("stage-2-only", "deconvnet-stage-2-only", scored=over(), **one_stage)
     plain = {**two_stages, "arguments": {**small, "batch_norm": False}}

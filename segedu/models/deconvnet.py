@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from segedu.backbones import he_init
+from segedu.layers import batch_norm as norm
 from segedu.layers import normalize, pool_with_switches, scale, unpool
 
 Proposals = Callable[[Tensor], Tensor]  # image (3, H, W) -> boxes (N, 4), long, the most promising first
@@ -136,13 +137,6 @@ def chain(layers: Sequence[nn.Module], batch_norm: bool) -> nn.Sequential:
     return nn.Sequential(*boxes)
 
 
-def norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm that starts with scale 1 and shift 0.001, as in the release."""
-    layer = nn.BatchNorm2d(channels)
-    nn.init.constant_(layer.bias, 0.001)
-    return layer
-
-
 # ---- inference: over proposals
 
 
@@ -178,7 +172,7 @@ def grid_boxes(image: Tensor, levels: int = 5) -> Tensor:
 
 
 class OverProposals(nn.Module):
-    """Segments every proposal by itself and puts the score maps together (Sec. 4.3, Eq. 1 and 2).
+    """Segments every proposal by itself and puts the score maps together (Sec. 5.1, Eq. 1 and 2).
 
     Shape: images (N, 3, H, W) in [0, 1] -> logits (N, K, H, W), any H and W. With `crf`, log probabilities.
 
@@ -257,7 +251,7 @@ def resized(image: Tensor, box: Sequence[int], size: int) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """The mean of two models' probabilities, as log probabilities: EDeconvNet, with an FCN-8s (Sec. 4.3).
+    """The mean of two models' probabilities, as log probabilities: EDeconvNet, with an FCN-8s (Sec. 5.2).
 
     Shape: images (N, 3, H, W) in [0, 1] -> log probabilities (N, K, H, W).
 
