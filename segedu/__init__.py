@@ -1,11 +1,13 @@
 """segedu: the classic models of semantic segmentation, complete, small and tested, with the book that explains them."""
 
 from segedu import metrics, recipes
-from segedu.backbones import load_imagenet
+from segedu.backbones import ResNet, dilate, load_imagenet
 from segedu.data import CamVid, Cells, Toytown
 from segedu.features import record, summary
 from segedu.metrics import VOID, Scores
 from segedu.models.deconvnet import DeconvNet
+from segedu.models.deeplab_v1 import DeepLabV1
+from segedu.models.dilation import Dilation
 from segedu.models.fcn import FCN
 from segedu.models.segnet import SegNet, SegNetBasic
 from segedu.models.unet import UNet
@@ -13,7 +15,7 @@ from segedu.receptive import effective_field, receptive_field
 from segedu.training import evaluate, fit, predict
 
 __all__ = [
-    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "Scores", "SegNet", "SegNetBasic", "Toytown", "UNet",
-    "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict", "receptive_field", "recipes", "record",
+    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "Dilation", "ResNet", "Scores", "SegNet", "SegNetBasic",
+    "Toytown", "UNet", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict", "receptive_field", "recipes", "record",
     "summary",
 ]  # fmt: skip

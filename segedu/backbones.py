@@ -1,22 +1,32 @@
-"""The ImageNet networks that the segmentation papers start from."""
+"""The ImageNet networks that the segmentation papers start from, and how their strides become dilation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segedu.layers import scale
+
 VGG16_CONVOLUTIONS = 13  # Simonyan and Zisserman 2015, Table 1, column D
+BLOCKS = {
+    14: (1, 1, 1, 1),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}  # He et al. 2016, Table 1; 14: ours
 
 
-def vgg_stage(c_in: int, c_out: int, n: int, *, padding: int = 1) -> nn.Sequential:
+def vgg_stage(c_in: int, c_out: int, n: int, *, padding: int | None = None, dilation: int = 1) -> nn.Sequential:
     """One stage of VGG without its pool: n times (3x3 convolution, ReLU). (N, c_in, h, w) -> (N, c_out, h', w').
 
-    `padding` is that of the first convolution (FCN pads 100 there); the others pad 1, so h' = h + 2 (padding - 1).
+    Each convolution pads `dilation` and keeps the size. `padding` is another value for the first one (FCN: 100).
     Source: Simonyan and Zisserman 2015, Table 1, column D. Initialised as He et al. 2015.
     """
     layers = []
     for i in range(n):
-        conv = nn.Conv2d(c_in if i == 0 else c_out, c_out, 3, padding=padding if i == 0 else 1)
+        pad = padding if i == 0 and padding is not None else dilation
+        conv = nn.Conv2d(c_in if i == 0 else c_out, c_out, 3, padding=pad, dilation=dilation)
         layers += [he_init(conv), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -28,26 +38,167 @@ def he_init(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-@torch.no_grad()
-def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Put torchvision's VGG16 ImageNet weights into the trunk of `model`, in place.
+class ResNet(nn.Module):
+    """ResNet without its classifier: 7x7 convolution, 3x3 pool, four stages of bottlenecks. Output stride 32.
 
-    The 13 convolutions go in order; `fc6` and `fc7`, where the model has them, take the fully connected layers
-    reshaped to convolutions: (4096, 25088) -> (4096, 512, 7, 7) and (4096, 4096) -> (4096, 4096, 1, 1).
-    Score layers are not touched.
+    Shape: normalised images (N, 3, H, W) -> maps of layer1 to layer4, strides 4, 8, 16, 32 and 256, 512, 1024, 2048
+    channels. Names are those of torchvision, and so are the weights.
 
     Args:
-        state_dict: weights with the names of `torchvision.models.vgg16`; None downloads the published ones (528 MB).
+        depth: 50, 101 or 152; 14 for a laptop, one bottleneck a stage.
+        stride_on: which convolution of a stage's first bottleneck has the stride: "3x3" as torchvision, "1x1" as in the
+            paper and Caffe.
+        width: channel counts as a multiple of the paper's.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1 and Fig. 5.
+    """
+
+    def __init__(self, depth: int = 50, *, stride_on: str = "3x3", width: float = 1.0) -> None:
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth}")
+        if stride_on not in ("3x3", "1x1"):
+            raise ValueError(f'stride_on must be "3x3" (torchvision) or "1x1" (Caffe), got {stride_on!r}')
+        self.depth, self.stride_on = depth, stride_on
+        c, *inner = scale((64, 64, 128, 256, 512), width)
+        self.conv1 = nn.Conv2d(3, c, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        stages = []
+        for middle, blocks, stride in zip(inner, BLOCKS[depth], (1, 2, 2, 2), strict=True):
+            first = Bottleneck(c, middle, stride, stride_on)
+            c = 4 * middle
+            stages.append(nn.Sequential(first, *(Bottleneck(c, middle) for _ in range(blocks - 1))))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution beside a shortcut: (N, c_in, h, w) -> (N, 4 middle, h / stride, w / stride)."""
+
+    def __init__(self, c_in: int, middle: int, stride: int = 1, stride_on: str = "3x3") -> None:
+        super().__init__()
+        at_1x1, at_3x3 = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.conv1 = nn.Conv2d(c_in, middle, 1, stride=at_1x1, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride=at_3x3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, 4 * middle, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * middle)
+        self.downsample = None
+        if stride > 1 or c_in != 4 * middle:
+            shortcut = nn.Conv2d(c_in, 4 * middle, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * middle))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def dilate(model: nn.Module, output_stride: int) -> nn.Module:
+    """Turn the last strides of a network into dilation, in place, so that its output stride is `output_stride`.
+
+    The layer that loses a stride s keeps its dilation; all layers after it, pools too, get theirs times s. Weights stay
+    usable: in evaluation mode, every f-th row and column of the new map is the old map, f the old output stride over
+    the new, where padding keeps sizes and pools round down. Source: DeepLab v1, Sec. 3.1 ("hole algorithm").
+
+    Args:
+        model: a chain of modules registered in the order in which they run, for example torchvision's vgg16().features,
+            or a ResNet, ours or torchvision's: its shortcuts are the submodules named `downsample`.
+        output_stride: one that the model passes through: 1, 2, 4, 8, 16 of 32.
+
+    Returns: the model.
+
+    Raises ValueError, and changes nothing, if no layer stands where the stride is `output_stride`, or one after it
+    cannot be dilated (average pooling, transposed convolution).
+    """
+    plan: list[tuple[nn.Module, int, int]] = []
+    stride, _ = _plan(model, "", 1, 1, output_stride, plan)
+    if stride != output_stride:
+        raise ValueError(
+            f"the modules of {type(model).__name__} have a total stride of {stride}, so {output_stride} is not on the "
+            "way; strides inside forward() do not count: they must be those of Conv2d or MaxPool2d modules"
+        )
+    for layer, stride, rate in plan:
+        layer.stride = _pair(stride)
+        if _pair(layer.kernel_size) != (1, 1):
+            layer.dilation = tuple(d * rate for d in _pair(layer.dilation))
+            if not isinstance(layer.padding, str):  # "same" sees to itself
+                layer.padding = tuple(p * rate for p in _pair(layer.padding))
+    return model
+
+
+def _plan(
+    module: nn.Module, name: str, stride: int, rate: int, limit: int, plan: list[tuple[nn.Module, int, int]]
+) -> tuple[int, int]:
+    """Walk the layers from a total stride and rate, note (layer, its stride, factor of its dilation); what comes out."""
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+        height, width = _pair(module.stride)
+        if height != width:
+            raise ValueError(f"{name} has a stride of {height} x {width}; only equal strides become dilation")
+        if stride * height <= limit:
+            if rate > 1 or height > 1:
+                plan.append((module, height, rate))
+            return stride * height, rate
+        if stride < limit:
+            raise ValueError(
+                f"{name} takes the stride from {stride} to {stride * height}, over {limit}; "
+                f"output_stride can be {stride} or {stride * height}"
+            )
+        plan.append((module, 1, rate))
+        return stride, rate * height
+    strided_pool = isinstance(module, nn.AvgPool2d) and (rate > 1 or stride * _pair(module.stride)[0] > limit)
+    if strided_pool or isinstance(module, nn.ConvTranspose2d):
+        raise ValueError(f"{name} ({type(module).__name__}) cannot be dilated; output_stride={limit} needs it")
+    start = (stride, rate)
+    for child, part in module.named_children():
+        end = _plan(
+            part, f"{name}.{child}".lstrip("."), *(start if child == "downsample" else (stride, rate)), limit, plan
+        )
+        if child != "downsample":
+            stride, rate = end
+    return stride, rate
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+@torch.no_grad()
+def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Put torchvision's ImageNet weights, of VGG16 or of a ResNet, into the trunk of `model`, in place.
+
+    VGG16: the 13 convolutions go in order; `fc6` and `fc7`, where the model has them, take the fully connected layers
+    reshaped to convolutions: (4096, 25088) -> (4096, 512, 7, 7) and (4096, 4096) -> (4096, 4096, 1, 1). Where fc6 has
+    a smaller kernel or fewer channels, the weights are decimated (`decimated`). Score layers are not touched.
+
+    Args:
+        state_dict: weights with torchvision's names; None downloads the published ones (VGG16 528 MB, ResNet-50 98 MB).
 
     Raises:
-        TypeError: the model has no VGG16 trunk.
+        TypeError: the model has no such trunk.
         ValueError: sizes differ (pretrained weights need `width=1`); the model is left as it was.
     """
+    resnet = next((m for m in model.modules() if isinstance(m, ResNet)), None)
+    if resnet is not None:
+        return _load_resnet(resnet, state_dict)
     stages = [getattr(model, f"stage{i}", None) for i in range(1, 6)]
     convs = [m for s in stages if s is not None for m in s.modules() if isinstance(m, nn.Conv2d)]
     if len(convs) != VGG16_CONVOLUTIONS:
         raise TypeError(
-            f"load_imagenet needs a VGG16 trunk (stage1 to stage5, {VGG16_CONVOLUTIONS} convolutions), "
+            f"load_imagenet needs a ResNet or a VGG16 trunk (stage1 to stage5, {VGG16_CONVOLUTIONS} convolutions), "
             f"got {type(model).__name__} with {len(convs)}"
         )
     if state_dict is None:
@@ -61,14 +212,58 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     pairs = list(zip(convs, sorted(names, key=lambda name: int(name.split(".")[1])), strict=True))
     pairs += [(getattr(model, fc), name) for fc, name in (("fc6", "classifier.0"), ("fc7", "classifier.3"))
               if hasattr(model, fc)]  # fmt: skip
+    ready = []
     for layer, name in pairs:  # look at every size before the first weight is changed
-        weight = state_dict[f"{name}.weight"]
-        same_ends = layer.weight.shape[0] == weight.shape[0] and layer.weight.numel() == weight.numel()
-        if not same_ends or (weight.ndim == 4 and layer.weight.shape != weight.shape):
+        weight, bias = state_dict[f"{name}.weight"], state_dict[f"{name}.bias"]
+        if name == "classifier.0":
+            weight = weight.view(len(weight), -1, 7, 7)
+        elif name == "classifier.3":
+            weight = weight[:, :, None, None]
+        if name.startswith("classifier"):
+            weight, bias = decimated(weight, layer.weight.shape), decimated(bias, layer.bias.shape)
+        if layer.weight.shape != weight.shape:
             raise ValueError(
                 f"cannot put weights {tuple(weight.shape)} of {name} into {tuple(layer.weight.shape)}; "
                 "pretrained weights need width=1"
             )
-    for layer, name in pairs:
-        layer.weight.copy_(state_dict[f"{name}.weight"].view_as(layer.weight))
-        layer.bias.copy_(state_dict[f"{name}.bias"])
+        ready.append((layer, weight, bias))
+    for layer, weight, bias in ready:
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+
+
+def decimated(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Every n-th entry along each axis, from the first on, to `shape`; as it is where a size does not divide.
+
+    (4096, 512, 7, 7) -> (1024, 512, 3, 3): every fourth channel and taps 0, 3, 6. Two ends of a kernel stay its ends, so
+    7x7 at rate 4, 4x4 at rate 8 and 3x3 at rate 12 see as far. Source: DeepLab v1, Sec. 3.1 and 5.2; DeepLab v2 draws
+    the channels at random.
+    """
+    for axis, (n, wanted) in enumerate(zip(weight.shape, shape, strict=True)):
+        taps = axis >= 2
+        step = (n - 1) / (wanted - 1) if taps and wanted > 1 else n / wanted
+        if step.is_integer() and step > 1:
+            weight = weight.index_select(axis, torch.arange(wanted, device=weight.device) * int(step))
+    return weight
+
+
+def _load_resnet(resnet: ResNet, state_dict: Mapping[str, Tensor] | None) -> None:
+    if resnet.stride_on != "3x3":
+        raise ValueError('torchvision\'s ResNets have the stride on the 3x3; build the model with stride_on="3x3"')
+    if state_dict is None:
+        import torchvision
+
+        if resnet.depth == 14:
+            raise ValueError("there are no published weights for depth 14; use 50, 101 or 152")
+        state_dict = torchvision.models.get_weight(f"ResNet{resnet.depth}_Weights.IMAGENET1K_V1").get_state_dict(
+            progress=True, check_hash=True
+        )
+    own = resnet.state_dict()
+    weights = {name: p for name, p in state_dict.items() if not name.startswith("fc.")}
+    wrong = [name for name in own.keys() | weights.keys() if name not in own or name not in weights]
+    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(
+            f"these are not the weights of a ResNet-{resnet.depth} at width=1: {len(wrong)} differ, for example {min(wrong)}"
+        )
+    resnet.load_state_dict(weights)

@@ -43,6 +43,37 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return layer
 
 
+def freeze(*modules: nn.Module) -> None:
+    """Their parameters get no gradient and stay as they are: a paper's later stage trains only what is new."""
+    for module in modules:
+        module.requires_grad_(False)
+
+
+def mirror_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """(N, C, H, W) with that many mirror_pad columns and rows at each side, the outer pixel not repeated.
+
+    As torch's "reflect" padding, also where more is needed than the picture has: mirror_pad again and again. A side of a
+    single pixel is repeated.
+    """
+    while left or right or top or bottom:
+        reach = [max(n - 1, 0) for n in (x.shape[-1], x.shape[-1], x.shape[-2], x.shape[-2])]
+        one = [min(want, most) for want, most in zip((left, right, top, bottom), reach, strict=True)]
+        if not any(one):
+            return F.pad(x, (left, right, top, bottom), mode="replicate")
+        x = F.pad(x, one, mode="reflect")
+        left, right, top, bottom = left - one[0], right - one[1], top - one[2], bottom - one[3]
+    return x
+
+
+def coarse_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy on the map of stride 8, against every eighth label; void (255) left out.
+
+    The model's `scores(images)` must give (N, K, ceil(H / 8), ceil(W / 8)). images (N, 3, H, W), target (N, H, W) ->
+    scalar. Source: DeepLab v1, Sec. 3.1 and train.prototxt (Interp, shrink_factor 8); Dilation's release, train.py.
+    """
+    return F.cross_entropy(model.scores(images), target[:, ::8, ::8], ignore_index=255)
+
+
 def crop(x: Tensor, offset: int, like: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, C, H, W) of `like`, cut out at row and column `offset` (Caffe's Crop layer)."""
     height, width = like.shape[-2:]

@@ -29,7 +29,7 @@ class Figure:
     """The figure `name` of segedu.js with the data it shows.
 
     Args:
-        name: "metric-lab", "skip-mixer", "upsampling-lab" or "layer-scrubber".
+        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber" or "field-lab".
         state: what segedu.js needs for it, ready for JSON.
         still: PNG bytes of the picture that stands in its place without JavaScript and in print.
         alt: the still in words.
@@ -409,6 +409,60 @@ def _grey(channel: int, values: Tensor, levels: int) -> dict:
         "zeros": round((values == 0).float().mean().item(), 6),
         "grey": _data_url(_encoded(pixels.byte().numpy())),
     }
+
+
+# name: layers, each (kind, kernel, stride, rate); the context module is Table 1 of Yu and Koltun (ICLR 2016).
+STACKS = {
+    "3, 3, 3": [("convolution", 3, 1, 1)] * 3,
+    "Doubling 1, 2, 4": [("convolution", 3, 1, rate) for rate in (1, 2, 4)],
+    "Gridding 2, 2, 2": [("convolution", 3, 1, 2)] * 3,
+    "1, 2, 5": [("convolution", 3, 1, rate) for rate in (1, 2, 5)],
+    "Context module": [("convolution", 3, 1, rate) for rate in (1, 1, 2, 4, 8, 16, 1)] + [("convolution", 1, 1, 1)],
+    "Pools (VGG)": ([("convolution", 3, 1, 1)] * 2 + [("pooling", 2, 2, 1)]) * 2 + [("convolution", 3, 1, 1)],
+}
+
+
+def field_lab() -> Figure:
+    """Build a stack of 1 to 8 convolutions and poolings and see which pixels one cell depends on.
+
+    Shows for each layer what its kernel spans (rate (kernel - 1) + 1), field, stride and the pixels used, in a picture
+    the number of paths from each pixel to the cell, with the holes, and the stack as code for `receptive_field`. Fields
+    of up to 161 x 161 pixels are drawn. Opens on three plain 3 x 3 convolutions.
+    """
+    from segedu import plots
+
+    keys = "kind", "kernel", "stride", "rate"
+    state = {
+        "title": "Receptive field and gridding lab",
+        "lead": "Each layer looks at the layer before it through a kernel. Build a stack and see which pixels one of its "
+        "cells depends on, and how many paths lead there from each. A pixel without a path is a hole.",
+        "names": [str(i) for i in range(1, 9)],
+        "presets": [
+            {"name": name, "layers": [dict(zip(keys, layer, strict=True)) for layer in layers]}
+            for name, layers in STACKS.items()
+        ],
+    }
+    shown = {}
+    for name in list(STACKS)[:4]:
+        paths = _paths(STACKS[name])
+        shown[f"{name}\n{len(paths)} x {len(paths)}: {int((paths > 0).sum())} of {paths.numel()} used"] = paths
+    still = plots.layers(list(shown.values()), list(shown))
+    alt = (
+        "The pixels that one cell sees through three 3 × 3 convolutions, darker where more paths lead from. Rates 1, 1, 1 "
+        "see 7 × 7, rates 1, 2, 4 see 15 × 15, rates 1, 2, 5 see 17 × 17, all without holes. Rates 2, 2, 2 use 49 of "
+        "13 × 13 pixels: every second row and column is empty."
+    )
+    return Figure("field-lab", state, still._repr_png_(), alt)
+
+
+def _paths(layers: Sequence[tuple[str, int, int, int]]) -> Tensor:
+    """How many paths lead from each pixel of the field to one cell of the last layer: (size, size)."""
+    row, jump = np.ones(1), 1
+    for _, kernel, stride, rate in layers:
+        taps = np.zeros((kernel - 1) * rate * jump + 1)
+        taps[:: rate * jump] = 1
+        row, jump = np.convolve(row, taps), jump * stride
+    return torch.from_numpy(np.outer(row, row))
 
 
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):

@@ -1,8 +1,10 @@
 """The interactive figures in a browser: as a module over http and as the book's plain script from a file."""
 
+import contextlib
 import functools
 import http.server
 import importlib.util
+import io
 import math
 import threading
 from pathlib import Path
@@ -15,12 +17,14 @@ import torch.nn.functional as F
 import segedu as sg
 from segedu import widgets
 from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
+from segedu.receptive import receptive_fields
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
+FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab"]
 LAYERS, TITLES = ["stage1", "stage3", "score_pool3"], ["stage 1", "stage 3", "scores of pool 3"]
 
 
@@ -46,6 +50,7 @@ def figures() -> dict[str, widgets.Figure]:
         "skip-mixer": widgets.skip_mixer(model(), val, (0, 1)),
         "upsampling-lab": widgets.upsampling_lab(),
         "layer-scrubber": widgets.layer_scrubber(model(), [val[0][0], val[1][0]], LAYERS, TITLES, channels=2, data=val),
+        "field-lab": widgets.field_lab(),
     }
 
 
@@ -447,8 +452,164 @@ def test_scrubber_plays_to_the_end_and_stops(show):
     assert still.get_by_role("button", name="Play").count() == 0
 
 
+def check_stack(page) -> dict:
+    """Fields, strides and paths of the lab are those of the code that it shows: by segedu and by torch's gradient."""
+    got = value(page)
+    namespace = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(page.locator("textarea").input_value(), namespace)
+    stack, chosen = namespace["stack"], got["chosen"]
+    assert len(stack) == len(got["layers"])
+    assert printed.getvalue().startswith(f"Field(size={got['fields'][-1]}, stride={got['jumps'][-1]}, ")
+    if got["fields"][-1] < 1000:
+        known = receptive_fields(stack, [str(i) for i in range(len(stack))]).values()
+        assert got["fields"] == [field.size for field in known] and got["jumps"] == [field.stride for field in known]
+
+    size, used = got["fields"][chosen], got["used"][chosen]
+    assert got["total"] == [n**2 for n in got["fields"]] and got["drawn"] == (size <= 161)
+    rows = page.get_by_role("table").locator("tbody tr").all()
+    for i, (row, module) in enumerate(zip(rows, stack, strict=True)):
+        kernel, _, rate = geometry(module)
+        if isinstance(module, torch.nn.Conv2d):  # the map keeps its size at stride 1, or loses 1
+            assert module.padding == 2 * (rate * (kernel - 1) // 2,)
+        shown = [rate * (kernel - 1) + 1, got["fields"][i], got["jumps"][i]]
+        cells = row.locator("td").all_inner_texts()
+        assert cells == [*map(str, shown), f"{got['used'][i]} of {got['fields'][i] ** 2}"]
+        assert got["extents"][i] == shown[0] and (row.get_attribute("aria-current") == "true") == (i == chosen)
+    if got["drawn"]:
+        image = torch.ones(1, 1, size, size, dtype=torch.float64, requires_grad=True)
+        cell = image
+        for module in stack[: chosen + 1]:  # a window counts as a kernel of ones
+            kernel, stride, rate = geometry(module)
+            ones = torch.ones(1, 1, kernel, kernel, dtype=torch.float64)
+            cell = F.conv2d(cell, ones, stride=stride, dilation=rate)
+        assert cell.numel() == 1
+        (paths,) = torch.autograd.grad(cell.sum(), image)
+        assert torch.equal(paths[0, 0], torch.outer(*2 * [torch.tensor(got["counts"], dtype=torch.float64)]))
+        assert used == (paths > 0).sum() and got["paths"] == paths[0, 0][tuple(got["cell"])]
+    holes = f"{size**2 - used} are holes." if used < size**2 else "there are no holes."
+    layer = "The last layer" if chosen == len(stack) - 1 else f"Layer {chosen + 1}"
+    sentence = f"{layer} sees {size} × {size} pixels; {used} of {size**2} are used, {holes}"
+    assert page.locator("p.note", has_text=sentence).count() == 1
+    return got
+
+
+def geometry(module) -> tuple[int, int, int]:
+    """Kernel, stride and dilation of a convolution or pooling, the same along both axes."""
+    values = (module.kernel_size, module.stride, module.dilation)
+    assert all(isinstance(v, int) or v[0] == v[1] for v in values)
+    return tuple(v if isinstance(v, int) else v[0] for v in values)
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_stacks_see_what_their_code_sees(show, classic):
+    page = show("field-lab", classic=classic)
+    assert check_stack(page)["fields"] == [3, 5, 7]
+    seen = {}
+    for preset in figures()["field-lab"].state["presets"]:
+        button = page.get_by_role("button", name=preset["name"], exact=True)
+        button.click()
+        got = seen[preset["name"]] = check_stack(page)
+        assert button.get_attribute("aria-pressed") == "true" and got["layers"] == preset["layers"]
+        pick(page, "Layer", "2")
+        assert check_stack(page)["chosen"] == 1
+    assert seen["Doubling 1, 2, 4"]["fields"] == [3, 7, 15]
+    assert (seen["Doubling 1, 2, 4"]["used"][-1], seen["Doubling 1, 2, 4"]["total"][-1]) == (225, 225)
+    gridding = seen["Gridding 2, 2, 2"]
+    assert gridding["extents"] == [5, 5, 5] and gridding["fields"] == [5, 9, 13]
+    assert (gridding["used"][-1], gridding["total"][-1]) == (49, 169)
+    assert gridding["counts"] == [1, 0, 3, 0, 6, 0, 7, 0, 6, 0, 3, 0, 1]
+    assert seen["1, 2, 5"]["fields"][-1] == 17 and min(seen["1, 2, 5"]["counts"]) == 1
+    context = seen["Context module"]  # Yu and Koltun, Table 1
+    assert context["fields"] == [3, 5, 9, 17, 33, 65, 67, 67] and context["used"] == context["total"]
+    assert seen["Pools (VGG)"]["fields"] == [3, 5, 6, 10, 14, 16, 24]
+    assert seen["Pools (VGG)"]["jumps"] == [1, 1, 2, 2, 2, 4, 4]
+
+
+def test_stack_is_built_by_keyboard(show):
+    page = show("field-lab")
+
+    def key(group: str, *keys: str) -> None:
+        page.get_by_role("group", name=group, exact=True).locator("input:checked").focus()
+        for one in keys:
+            page.keyboard.press(one)
+
+    page.get_by_role("button", name="Add a layer").press("Enter")
+    assert check_stack(page)["fields"] == [3, 5, 7, 9]
+    key("Kind", "ArrowRight")
+    key("Stride", "ArrowRight")
+    got = check_stack(page)
+    assert got["layers"][-1] == {"kind": "pooling", "kernel": 3, "stride": 2, "rate": 1} and got["jumps"][-1] == 2
+    key("Window", "ArrowLeft")
+    assert check_stack(page)["fields"][-1] == 8
+    page.get_by_role("button", name="Add a layer").press("Enter")
+    assert check_stack(page)["fields"][-1] == 12  # 8 + 2 · 2
+    key("Kernel", "ArrowLeft", "ArrowLeft")
+    assert check_stack(page)["fields"][-1] == 8
+    key("Kind", "ArrowRight")  # no 1 × 1 window: 2 × 2
+    key("Rate", "ArrowRight")
+    got = check_stack(page)
+    assert got["layers"][-1] == {"kind": "pooling", "kernel": 2, "stride": 1, "rate": 2} and got["fields"][-1] == 12
+    key("Layer", *4 * ["ArrowLeft"])
+    key("Stride", "ArrowRight")
+    key("Kernel", "ArrowLeft", "ArrowLeft")  # a 1 × 1 kernel with stride 2: holes
+    got = check_stack(page)
+    assert got["chosen"] == 0 and got["fields"][:2] == [1, 5] and got["used"][:2] == [1, 9]
+    for left in range(4, 0, -1):
+        page.get_by_role("button", name="Remove the last").press("Enter")
+        assert len(check_stack(page)["layers"]) == left
+    assert page.get_by_role("button", name="Remove the last").is_disabled()
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+
+
+def test_pixels_tell_their_paths(show):
+    page = show("field-lab")
+    page.get_by_role("button", name="Gridding").click()
+    box = page.get_by_role("application").bounding_box()
+    page.mouse.move(box["x"] + 4.5 / 13 * box["width"], box["y"] + 2.5 / 13 * box["height"])
+    assert page.get_by_text("Row 2, column 4: 18 paths, 3 × 6.").first.is_visible()
+    page.get_by_role("application").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.get_by_text("Row 3, column 4: no path, a hole.").first.is_visible()
+    page.keyboard.press("Shift+ArrowUp")
+    assert (value(page)["cell"], value(page)["paths"]) == ([0, 4], 6)
+    assert page.get_by_text("All taps lie multiples of 2 pixels apart").first.is_visible()
+    page.get_by_role("button", name="3, 3, 3", exact=True).click()
+    pick(page, "Rate", "6")
+    got = check_stack(page)
+    assert got["counts"] == [1, 2, 3, 2, 1, 0] * 2 + [1, 2, 3, 2, 1]
+    assert page.get_by_text("Some taps are so far apart").first.is_visible()
+
+
+def test_field_too_large_to_draw_is_told(show):
+    page = show("field-lab")
+    page.get_by_role("button", name="Context module").click()
+    assert page.get_by_role("button", name="Add a layer").is_disabled()
+    pick(page, "Kernel", "7")
+    pick(page, "Rate", "12")
+    assert check_stack(page)["fields"][-1] == 67 + 72 and page.get_by_role("application").is_visible()
+    pick(page, "Rate", "16")
+    assert check_stack(page)["fields"][-1] == 67 + 96 and page.get_by_role("application").count() == 0
+    assert page.get_by_text("Not drawn: 163 × 163 pixels are too many").first.is_visible()
+    for layer in range(1, 9):
+        for group, option in ("Layer", layer), ("Kernel", 7), ("Stride", 2), ("Rate", 16):
+            pick(page, group, str(option))
+    got = check_stack(page)  # the largest stack that there is
+    assert (got["fields"][-1], got["jumps"][-1]) == (1 + 96 * 255, 256)
+    pick(page, "Layer", "1")
+    assert check_stack(page)["drawn"] and page.get_by_role("application").is_visible()
+
+
+def test_code_is_copied(show):
+    page = show("field-lab", permissions=["clipboard-read", "clipboard-write"])
+    page.locator("summary").press("Enter")
+    page.get_by_role("button", name="Copy").click()
+    assert page.get_by_text("Copied.").is_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("textarea").input_value()
+
+
 @pytest.mark.parametrize("mode", COLOURS)
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_accessible(show, name, mode):
     from axe_playwright_python.sync_playwright import Axe
 
@@ -457,6 +618,8 @@ def test_accessible(show, name, mode):
         page.get_by_role("slider").press("End")
     else:
         page.get_by_role("button").nth(1).click()
+    if name == "field-lab":
+        page.locator("summary").click()
     results = Axe().run(page, options={"resultTypes": ["violations", "passes", "incomplete"]})
     assert results.violations_count == 0, results.generate_report()
     contrast = {kind: [] for kind in ("passes", "incomplete")}
@@ -466,9 +629,12 @@ def test_accessible(show, name, mode):
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])
-@pytest.mark.parametrize("name", ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_fits(show, name, width):
     page = show(name, width=width)
+    if name == "field-lab":  # at its longest
+        page.get_by_role("button", name="Context module").click()
+        page.locator("summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     scrolled = """[...document.querySelector('seg-figure').shadowRoot.querySelectorAll('*')]
         .filter(e => e.clientWidth > 2 && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""

@@ -25,6 +25,11 @@ MODELS = {
         for decoder in ("indices", "encoder-addition", "single-channel", "bilinear")
     },
     "DeconvNet over proposals": lambda: OverProposals(sg.DeconvNet(5, size=64, width=1 / 16), limit=5),
+    "Dilation": lambda: sg.Dilation(5, pad=0, width=1 / 16),
+    "Dilation, large context": lambda: sg.Dilation(5, context="large", pad=0, width=1 / 16),
+    "Dilation, mirrored": lambda: sg.Dilation(5, context="basic", width=1 / 16),
+    "DeepLab v1": lambda: sg.DeepLabV1(5, width=1 / 16),
+    "DeepLab v1, multi-scale": lambda: sg.DeepLabV1(5, kernel=4, dilation=4, multiscale=True, width=1 / 16),
     "FCN-8s learned upsampling": lambda: sg.FCN(5, learn_upsampling=True, width=1 / 16),
 }
 

@@ -1,15 +1,18 @@
 """Receptive fields against the papers' numbers, and against the support of real gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_models import MODELS
 from torch import nn
 from torchvision.models import vgg16
 
+import segedu as sg
 from segedu.models.fcn import FCN
-from segedu.receptive import Field, _spans, effective_field, receptive_field, receptive_fields
+from segedu.receptive import Field, _spans, effective_field, hooked, receptive_field, receptive_fields
 
 
 def test_vgg16_of_torchvision():
@@ -142,6 +145,53 @@ def test_every_cell_equals_the_gradient(name):
             first, last = (pixels[0], pixels[-1]) if pixels else (None, None)
             expected = (span.first[cell], span.last[cell]) if span.first[cell] <= span.last[cell] else (None, None)
             assert (first, last) == expected, f"axis {axis}, cell {cell}"
+
+
+def mean_pool(x, size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Looks at the same window as max pooling, but at all of it."""
+    maxima, switches = max_pool2d(x, size, stride, padding, dilation, ceil_mode, True)
+    taps = torch.ones(x.shape[1], 1, size, size, dtype=x.dtype)
+    step, padding, dilation = (v if isinstance(v, int) else v[0] for v in (stride or size, padding, dilation))
+    more = [(n - 1) * step + (size - 1) * dilation + 1 - m for n, m in zip(maxima.shape[2:], x.shape[2:], strict=True)]
+    x = F.pad(x, (padding, more[1] - padding, padding, more[0] - padding))
+    sums = F.conv2d(x, taps, stride=step, dilation=dilation, groups=x.shape[1])
+    return (sums, switches) if return_indices else sums
+
+
+def spread(x, switches, size, output_size):
+    """Puts a value at all places where unpooling may put it."""
+    height, width = output_size
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :height, :width]
+
+
+max_pool2d = F.max_pool2d
+WHOLE = {name: make for name, make in MODELS.items() if "tile" not in name and "proposals" not in name}  # not in parts
+WHOLE["DeconvNet"] = lambda: sg.DeconvNet(5, size=128, width=1 / 16)
+for stride in (32, 16, 8):
+    WHOLE[f"ResNet at stride {stride}"] = partial(lambda s: sg.dilate(sg.ResNet(14, width=1 / 16), s), stride)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_model_equals_the_gradient(name, monkeypatch):
+    """A cell of every third convolution and of the logits: first and last pixel with a gradient, rows and columns."""
+    size = (128, 128) if name == "DeconvNet" else (104, 136)
+    model = positive(WHOLE[name]()).double().eval()
+    layers = [name for name, part in model.named_modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
+    layers = [name for name in [*layers[::3], *layers[-2:]] if "branches" not in name]
+    spans = _spans(model, layers, size)
+    assert spans
+    monkeypatch.setattr(F, "max_pool2d", mean_pool)
+    monkeypatch.setattr(F, "max_unpool2d", spread)
+    image = (1 + torch.rand(1, 3, *size)).double().requires_grad_()  # above the mean colour: no rectifier cuts
+    maps = {}
+    with hooked(model, {layer: partial(maps.__setitem__, layer) for layer in layers}):
+        model(image)
+    for layer, (rows, columns) in spans.items():
+        y, x = maps[layer].shape[-2] // 2, maps[layer].shape[-1] // 3
+        (gradient,) = torch.autograd.grad(maps[layer][..., y, x].sum(), image, retain_graph=True)
+        for pixels, span, cell in ((gradient.sum((0, 1, 3)), rows, y), (gradient.sum((0, 1, 2)), columns, x)):
+            seen = pixels.nonzero()[:, 0]
+            assert (seen.min(), seen.max()) == (span.first[cell], span.last[cell]), layer
 
 
 @pytest.mark.parametrize("name", ["chain", "holes"])

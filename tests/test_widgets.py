@@ -110,6 +110,22 @@ def test_lab_opens_on_a_checkerboard_and_is_small():
     assert switches.flatten().tolist() == [5, 7, 8, 15]  # (1, 1), (1, 3), (2, 0), (3, 3)
 
 
+def test_field_lab_shows_the_holes_of_gridding_and_is_small():
+    figure = widgets.field_lab()
+    assert figure.to_html() == widgets.field_lab().to_html() and len(figure.to_html()) < 30_000
+    paths = {name: widgets._paths(layers) for name, layers in widgets.STACKS.items()}
+    assert paths["3, 3, 3"][3].tolist() == [7 * n for n in (1, 3, 6, 7, 6, 3, 1)]
+    assert {name: (len(of), int((of > 0).sum())) for name, of in paths.items()} == {
+        "3, 3, 3": (7, 49),
+        "Doubling 1, 2, 4": (15, 225),
+        "Gridding 2, 2, 2": (13, 49),
+        "1, 2, 5": (17, 289),
+        "Context module": (67, 67**2),
+        "Pools (VGG)": (24, 24**2),
+    }
+    assert Image.open(io.BytesIO(figure.still)).width > 600 and "49 of 13 × 13 pixels" in figure.alt
+
+
 def decoded(url: str) -> torch.Tensor:
     with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as picture:
         return torch.from_numpy(np.array(picture))

@@ -25,9 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import segedu as sg
+from segedu.backbones import he_init
+from segedu.checkpoint import load_checkpoint
 from segedu.data.cells import merged
-from segedu.layers import normalize, pool_with_switches, unpool
+from segedu.layers import freeze, normalize, pool_with_switches, unpool
 from segedu.models.deconvnet import Ensemble, ObjectCrops, OverProposals, ProposalCrops, grid_boxes
+from segedu.models.dilation import Context, load_front_end
 from segedu.models.fcn import load_coarser, sampled_loss
 from segedu.models.segnet import balanced_loss, median_frequency
 from segedu.models.unet import border_loss
@@ -124,6 +127,8 @@ def share_merged(model: nn.Module, test: sg.Cells) -> dict:
 
 
 THINGS = ("building", "pole", "tree", "sign", "car", "boat", "person")
+FOV = {"kernel": 3, "dilation": 3, "width": 1 / 8}
+DILATION = {"pad": 0, "width": 1 / 8}
 CROPS = replace(sg.recipes.MINI, scale=(250 / 224, 250 / 224))
 
 
@@ -199,6 +204,48 @@ def mixed_up(model: sg.DeconvNet, test: Dataset) -> dict:
     return {"mixing": {n: dict(zip(columns, torch.stack(v).mean(0).tolist(), strict=True)) for n, v in found.items()}}
 
 
+def plain_context(num_classes: int, **arguments: object) -> sg.Dilation:
+    """A context module of as many layers and weights, all of rate 1: it sees 15 cells and not 67."""
+    model = sg.Dilation(num_classes, **arguments)
+    model.context = Context(num_classes, dilations=(1,) * 7)
+    return model
+
+
+def random_context(num_classes: int, **arguments: object) -> sg.Dilation:
+    """A context module that does not start as the identity."""
+    model = sg.Dilation(num_classes, **arguments)
+    for conv in (*model.context.layers, model.context.last):
+        he_init(conv)
+    return model
+
+
+def on_front_end(model: sg.Dilation, seed: int) -> None:
+    """1000 steps of the front end, the same for all contexts."""
+    torch.manual_seed(seed)
+    front = sg.Dilation(model.num_classes, **DILATION)
+    checkpoint = ROOT / "runs" / f"dilation-front-seed{seed}.safetensors"
+    sg.fit(front, sg.Toytown("train"), replace(TOYTOWN, steps=1000), seed=seed, checkpoint=checkpoint)
+    if model.context is None:
+        model.load_state_dict(front.state_dict())
+    else:
+        load_front_end(model, front)
+
+
+def msc(num_classes: int, **arguments: object) -> sg.DeepLabV1:
+    """Multi-scale prediction as it is trained: only branches and scores learn (Sec. 4.3)."""
+    model = sg.DeepLabV1(num_classes, multiscale=True, **arguments)
+    freeze(model.stage1, model.stage2, model.stage3, model.stage4, model.stage5, model.fc6, model.fc7)
+    return model
+
+
+def on_large_fov(model: sg.DeepLabV1, seed: int) -> None:
+    """Start from the LargeFOV net of this seed."""
+    trained = sg.DeepLabV1(model.num_classes, **FOV)
+    load_checkpoint(ROOT / "runs" / f"deeplab-v1-3x3-r3-toytown-mini-seed{seed}.safetensors", trained)
+    _, unexpected = model.load_state_dict(trained.state_dict(), strict=False)
+    assert not unexpected
+
+
 @cache
 def toytown_weights() -> Tensor:
     return median_frequency(sg.Toytown("train"), len(sg.Toytown.classes))
@@ -257,6 +304,18 @@ def jobs() -> Iterator[Job]:
         yield Job("proposals", f"deconvnet-{limit}-{aggregate}", weights="deconvnet", scored=over(limit, aggregate),
                   **two_stages)  # fmt: skip
     yield Job("ensemble", "edeconvnet", weights="deconvnet", scored=with_fcn8s, **two_stages)
+    for name, model, context in (
+        ("none", sg.Dilation, None), ("basic", sg.Dilation, "basic"), ("large", sg.Dilation, "large"),
+        ("plain", plain_context, "basic"), ("random", random_context, "basic"),
+    ):  # fmt: skip
+        yield Job("context", f"dilation-{name}", {"context": context, **DILATION}, model=model, recipe=short,
+                  start=on_front_end, chapter="07_dilation")  # fmt: skip
+    for kernel, dilation in ((7, 1), (4, 1), (4, 2), (3, 3), (3, 12)):  # Table 2, its rates to the size of our maps
+        arguments = {"kernel": kernel, "dilation": dilation, "width": 1 / 8}
+        yield Job("fov", f"deeplab-v1-{kernel}x{kernel}-r{dilation}", arguments, model=sg.DeepLabV1, recipe=short,
+                  chapter="09_deeplab_v1_v2")  # fmt: skip
+    yield Job("msc", "deeplab-v1-msc", FOV, model=msc, recipe=replace(TOYTOWN, steps=300), start=on_large_fov,
+              chapter="09_deeplab_v1_v2")  # fmt: skip
 
 
 def git_hash() -> str:

@@ -81,7 +81,15 @@ table + table { margin-top: 0.9rem; }
 .matrix td.right { font-weight: 700; box-shadow: inset 0 0 0 1px currentColor; }
 .numbers { font-size: 0.82rem; }
 .numbers th { white-space: nowrap; }
-.numbers thead th + th { text-align: right; }
+.numbers thead th + th { text-align: right; vertical-align: bottom; }
+.numbers.stack th { white-space: normal; }
+.numbers tr[aria-current] { background: var(--soft); outline: 1px solid currentColor; }
+.columns + .note { margin-top: 0.6rem; }
+summary { cursor: pointer; font-weight: 600; min-height: 1.9rem; }
+textarea {
+  display: block; width: 100%; margin-bottom: 0.4rem; padding: 0.5rem; resize: vertical; field-sizing: content; color: inherit; background: var(--soft);
+  border: 1px solid var(--line); border-radius: 0.4rem; font: 0.75rem/1.45 ui-monospace, monospace;
+}
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.15rem 0.8rem; padding: 0; margin: 0.7rem 0; font-size: 0.8rem; }
 .silent { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
@@ -728,11 +736,12 @@ const short = (value, digits = 2) => String(+value.toFixed(digits)).replace("-",
 const place = (i, cols) => `(${Math.floor(i / cols)}, ${i % cols})`;
 
 /** Colours and numbers in the cells of a square picture, rings around the cells in `ringed`, small text under the numbers. */
-function write(view, values, { ringed = [], under = [] } = {}) {
+function write(view, values, { ringed = [], under = [], colourOf } = {}) {
   const n = Math.sqrt(values.length);
   const top = Math.max(...values.map(Math.abs));
+  const colours = values.map((value, i) => (colourOf ? colourOf(i) : heat(value, top)));
   divide(view, n, n);
-  fill(view, (i) => heat(values[i], top));
+  fill(view, (i) => colours[i]);
   const { context, cell } = view;
   context.strokeStyle = "#0004";
   context.lineWidth = 1;
@@ -740,9 +749,10 @@ function write(view, values, { ringed = [], under = [] } = {}) {
   context.textAlign = "center";
   context.textBaseline = "middle";
   values.forEach((value, i) => {
+    if (colours[i] === VOID) return;
     const [x, y] = [((i % n) + 0.5) * cell, (Math.floor(i / n) + 0.53) * cell];
     const text = short(value);
-    context.fillStyle = context.strokeStyle = inkOn(heat(value, top));
+    context.fillStyle = context.strokeStyle = inkOn(colours[i]);
     context.font = `${cell * Math.min(0.4, 1.5 / text.length)}px system-ui, sans-serif`;
     context.fillText(text, x, y);
     context.font = `${0.15 * cell}px system-ui, sans-serif`;
@@ -1100,9 +1110,194 @@ function layerScrubber(state, tell) {
   return element;
 }
 
+// ---- field lab: what one cell of a stack of layers sees (chapter 07) -------------------------------------------------
+
+const LARGEST = 161; // pixels of a field that is drawn
+const [CONV, POOL] = ["convolution", "pooling"];
+const KERNELS = { [CONV]: [1, 2, 3, 5, 7], [POOL]: [2, 3] };
+const [STRIDES, RATES] = [[1, 2], [1, 2, 3, 4, 5, 6, 8, 12, 16]];
+
+/**
+ * For every layer of a stack, along one axis: `extent`, what its kernel spans of the layer before; `step`, the pixels between
+ * two taps; `counts`, the paths from each pixel of the field to one cell; `jump`, the pixels from one cell to the next.
+ */
+function fieldsOf(layers) {
+  let [counts, jump] = [[1], 1];
+  return layers.map(({ kernel, stride, rate }) => {
+    const step = rate * jump;
+    const wider = new Array(counts.length + step * (kernel - 1)).fill(0);
+    for (let tap = 0; tap < kernel; tap++) counts.forEach((paths, i) => (wider[i + tap * step] += paths));
+    counts = wider;
+    jump *= stride;
+    return { extent: rate * (kernel - 1) + 1, step, counts, jump, size: counts.length, used: counts.filter((paths) => paths).length ** 2 };
+  });
+}
+
+/** The stack in Python. Padding keeps the size where it can and does not change the field. */
+function codeOf(layers, { size, jump }) {
+  let channels = 3;
+  const lines = layers.map(({ kind, kernel, stride, rate }) => {
+    const padding = kind === CONV ? Math.floor((rate * (kernel - 1)) / 2) : 0;
+    const values = kind === CONV ? [channels, 8, kernel] : [kernel];
+    if (kind === CONV) channels = 8;
+    if (stride > 1 || kind === POOL) values.push(`stride=${stride}`);
+    if (padding) values.push(`padding=${padding}`);
+    if (rate > 1) values.push(`dilation=${rate}`);
+    return `    nn.${kind === CONV ? "Conv2d" : "MaxPool2d"}(${values.join(", ")}),\n`;
+  });
+  const room = size > 2000 ? `, image_size=(${4 * size}, ${4 * size})` : "";
+  return (
+    `import segedu as sg\nfrom torch import nn\n\nstack = nn.Sequential(\n${lines.join("")})\n` +
+    `print(sg.receptive_field(stack, "${layers.length - 1}"${room}))\n# size ${size}, stride ${jump}\n`
+  );
+}
+
+const divisor = (a, b) => (b ? divisor(b, a % b) : a);
+const nByN = (n) => `${n} × ${n}`;
+
+function fieldLab(state, tell) {
+  const cursor = { row: 0, col: 0, seen: false };
+  let layers, chosen, fields;
+
+  const view = picture("", 1, 1, 644, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  const stacks = presets("Stacks", state.presets.map((preset) => preset.name), (i) => open(i));
+  const which = choice("Layer", state.names.map((text) => ({ text })), (i) => ((chosen = i), update()));
+  const set = (key, values) => (i) => ((layers[chosen][key] = values[i]), update());
+  const knob = (label, key, values) => choice(label, values.map((text) => ({ text })), set(key, values));
+  const kinds = choice("Kind", [{ text: CONV }, { text: POOL }], (i) => {
+    const layer = layers[chosen];
+    layer.kind = [CONV, POOL][i];
+    if (!KERNELS[layer.kind].includes(layer.kernel)) layer.kernel = 2;
+    update();
+  });
+  const sizes = { [CONV]: knob("Kernel", "kernel", KERNELS[CONV]), [POOL]: knob("Window", "kernel", KERNELS[POOL]) };
+  const [strides, rates] = [knob("Stride", "stride", STRIDES), knob("Rate", "rate", RATES)];
+  const add = h("button", { type: "button", click: () => (layers.push({ kind: CONV, kernel: 3, stride: 1, rate: 1 }), last()) }, "Add a layer");
+  const remove = h("button", { type: "button", click: () => (layers.pop(), last()) }, "Remove the last");
+  const table = h("table", { class: "numbers stack" });
+  const [note, refusal, row, where] = [h("p", { class: "note" }), h("p"), h("p"), h("p", { class: "note below" })];
+  const code = h("textarea", { readonly: true, spellcheck: "false", "aria-label": "The same stack as code" });
+  const copied = h("span", { role: "status" });
+  const copy = h("button", { type: "button", click: () => {
+    code.select();
+    copied.textContent = document.execCommand("copy") ? "Copied." : "Selected: copy it with Ctrl+C.";
+  } }, "Copy");
+
+  const { element, announce } = frame(
+    state.title, state.lead, stacks.element,
+    h("div", { class: "columns" },
+      h("div", { class: "knobs" }, which.element, h("div", { class: "row" }, add, remove),
+        ...[kinds, sizes[CONV], sizes[POOL], strides, rates].map((control) => control.element)),
+      table),
+    note,
+    h("div", { class: "columns" },
+      h("div", {}, view.element, refusal, where),
+      h("div", {}, row, h("details", {}, h("summary", {}, "The same stack as code"), code, h("div", { class: "row" }, copy, copied)))),
+    h("p", { class: "hint", id: "keys" },
+      "Point at a pixel to count its paths. Keys in the picture: arrows move, with shift 4 pixels. The more paths, the darker (by the root of their number); " +
+      "holes are striped. Rows and columns are counted from 0. The theory counts paths; how much each one weighs is up to the trained weights."),
+  );
+
+  function open(i) {
+    layers = state.presets[i].layers.map((layer) => ({ ...layer }));
+    cursor.seen = false;
+    last();
+  }
+
+  function last() {
+    chosen = layers.length - 1;
+    update();
+  }
+
+  function update() {
+    const { kind, kernel, stride, rate } = layers[chosen];
+    fields = fieldsOf(layers);
+    const { size, used } = fields[chosen];
+    stacks.press(state.presets.findIndex((preset) => preset.layers.length === layers.length &&
+      preset.layers.every((layer, i) => Object.keys(layer).every((key) => layer[key] === layers[i][key]))));
+    which.limit(layers.length);
+    which.pick(chosen);
+    kinds.pick([CONV, POOL].indexOf(kind));
+    for (const one of [CONV, POOL]) sizes[one].element.hidden = one !== kind;
+    sizes[kind].pick(KERNELS[kind].indexOf(kernel));
+    strides.pick(STRIDES.indexOf(stride));
+    rates.pick(RATES.indexOf(rate));
+    add.disabled = layers.length === state.names.length;
+    remove.disabled = layers.length === 1;
+    list();
+    note.textContent = `${chosen === layers.length - 1 ? "The last layer" : `Layer ${chosen + 1}`} sees ${nByN(size)} pixels; ${used} of ${size ** 2} are used, ${holes()}`;
+    refusal.hidden = size <= LARGEST;
+    view.element.hidden = size > LARGEST;
+    refusal.textContent = `Not drawn: ${nByN(size)} pixels are too many to tell apart here, ${nByN(LARGEST)} are the most. The numbers still hold.`;
+    const { counts } = fields[chosen];
+    row.textContent = `Paths along one row: ${counts.slice(0, 31).join(" ")}${size > 31 ? ` … (${size} numbers, the same backwards)` : ""}. A pixel has the number of its row times that of its column.`;
+    code.value = codeOf(layers, fields[layers.length - 1]);
+    code.rows = layers.length + 8;
+    copied.textContent = "";
+    view.caption.textContent = `What one cell of layer ${chosen + 1} sees, ${nByN(size)}`;
+    view.canvas.setAttribute("aria-label", `Paths from each pixel to one cell of layer ${chosen + 1}`);
+    divide(view, Math.min(size, LARGEST), Math.min(size, LARGEST));
+    if (!cursor.seen) cursor.row = cursor.col = size >> 1;
+    Object.assign(cursor, { row: clamp(cursor.row, view.rows), col: clamp(cursor.col, view.cols) });
+    look();
+    announce(refusal.hidden ? note.textContent : `${note.textContent} ${refusal.textContent}`);
+  }
+
+  function holes() {
+    const { size, used } = fields[chosen];
+    if (used === size ** 2) return "there are no holes.";
+    const steps = fields.slice(0, chosen + 1).flatMap(({ step }, i) => (layers[i].kernel > 1 ? [step] : []));
+    const common = steps.reduce(divisor);
+    return `${size ** 2 - used} are holes. ` + (common > 1
+      ? `All taps lie multiples of ${common} pixels apart, so paths reach only one row and one column in ${common}.`
+      : "Some taps are so far apart that the other layers do not fill the gaps.");
+  }
+
+  function list() {
+    const head = ["layer", "extent", "field", "stride", "used"].map((text) => h("th", { scope: "col" }, text));
+    const lines = layers.map(({ kind, kernel, stride, rate }, i) => {
+      const name = `${i + 1}. ${kind === CONV ? "conv" : "pool"} ${nByN(kernel)}${rate > 1 ? `, rate ${rate}` : ""}${stride > 1 ? `, stride ${stride}` : ""}`;
+      const { extent, size, jump, used } = fields[i];
+      const cells = [extent, size, jump, `${used} of ${size ** 2}`].map((text) => h("td", {}, String(text)));
+      return h("tr", { "aria-current": i === chosen ? "true" : null }, h("th", { scope: "row" }, name), ...cells);
+    });
+    table.replaceChildren(h("caption", {}, "Extent of each kernel, field and stride of its cells, pixels used"), h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...lines));
+  }
+
+  /** Draws the field, marks the pixel and says what leads to it. */
+  function look() {
+    const { counts, size } = fields[chosen];
+    const paths = counts[cursor.row] * counts[cursor.col];
+    const drawn = size <= LARGEST;
+    if (drawn) {
+      const values = counts.flatMap((down) => counts.map((across) => down * across));
+      const top = Math.max(...counts) ** 2;
+      const colourOf = (i) => (values[i] ? heat(0.15 + 0.85 * Math.sqrt(values[i] / top), 1) : VOID);
+      if (size <= 15) write(view, values, { colourOf });
+      else fill(view, colourOf);
+      if (cursor.seen) mark(view, cursor.row, cursor.col, view.cell < 8 ? 3 : 1);
+    }
+    where.textContent = !drawn ? "" : `Row ${cursor.row}, column ${cursor.col}: ${paths ? `${paths} ${paths > 1 ? "paths" : "path"}, ${counts[cursor.row]} × ${counts[cursor.col]}` : "no path, a hole"}.`;
+    const of = (key) => fields.map((field) => field[key]);
+    tell({
+      layers: layers.map((layer) => ({ ...layer })), chosen, extents: of("extent"), fields: of("size"), jumps: of("jump"), used: of("used"),
+      total: of("size").map((n) => n ** 2), counts, drawn, cell: [cursor.row, cursor.col], paths,
+    });
+    return where.textContent;
+  }
+
+  const seen = (is) => ((cursor.seen = is), look());
+  for (const type of ["pointerdown", "pointermove"])
+    view.canvas.addEventListener(type, (event) => (([cursor.row, cursor.col] = view.at(event)), seen(true)));
+  view.canvas.addEventListener("focus", () => seen(true));
+  steer(view, cursor, { moved: () => announce(seen(true)) });
+  open(0);
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
