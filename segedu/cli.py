@@ -16,19 +16,30 @@ from segedu.backbones import load_imagenet
 from segedu.checkpoint import load_checkpoint, read_checkpoint
 from segedu.data import CamVid, Toytown
 from segedu.data.camvid import data_root
+from segedu.layers import coarse_loss
+from segedu.models.deeplab_v1 import DeepLabV1
+from segedu.models.dilation import Dilation
 from segedu.models.fcn import FCN, sum_loss
 from segedu.models.segnet import SegNet, SegNetBasic, balanced_loss, median_frequency
 from segedu.models.unet import UNet
 from segedu.training import Loss, as_image, evaluate, fit, pixel_loss, predict
 
-MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic}
+MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic, "dilation": Dilation,
+          "deeplab-v1": DeepLabV1}  # fmt: skip
 DATA = {"toytown": Toytown, "camvid": CamVid}
-SMALL = {"fcn": {"stride": 8, "pad": 1, "width": 1 / 8}, "segnet-basic": {"width": 1 / 4}}  # the others: width 1/8
+SMALL = {  # the others: width 1/8
+    "fcn": {"stride": 8, "pad": 1, "width": 1 / 8},
+    "segnet-basic": {"width": 1 / 4},
+    "dilation": {"context": "basic", "pad": 0, "width": 1 / 8},
+    "deeplab-v1": {"dilation": 3, "width": 1 / 8},  # as wide on a map of 12 x 16 as rate 12 on 41 x 41
+}
 PAPER = {
     "fcn": ({"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE),
     "unet": ({}, recipes.UNET),
     "segnet": ({}, recipes.SEGNET),
     "segnet-basic": ({}, recipes.SEGNET_BASIC),
+    "dilation": ({}, recipes.DILATION_FRONT),
+    "deeplab-v1": ({}, recipes.DEEPLAB_V1),
 }
 
 
@@ -38,7 +49,7 @@ def setting(model: str, data: str, scale: str) -> tuple[dict, recipes.Recipe, bo
         recipe = recipes.MINI_CAMVID if data == "camvid" else replace(recipes.MINI, steps=2000)
         return SMALL.get(model, {"width": 1 / 8}), recipe, False
     arguments, recipe = PAPER[model] if scale == "paper" else ({}, recipes.STANDARD)
-    return arguments, recipe, model in ("fcn", "segnet")
+    return arguments, recipe, model in ("fcn", "segnet", "dilation", "deeplab-v1")
 
 
 def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
@@ -47,6 +58,8 @@ def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
         return pixel_loss
     if model == "fcn":
         return sum_loss
+    if model in ("dilation", "deeplab-v1"):
+        return coarse_loss
     return balanced_loss(median_frequency(pictures, len(pictures.classes)))
 
 

@@ -18,6 +18,7 @@ class Recipe:
     momentum: float = 0.9                   # of sgd
     weight_decay: float = 0.0
     bias_lr: float = 1.0                    # biases learn at lr * bias_lr, and without decay (Caffe's lr_mult: 2)
+    score_lr: float = 1.0                   # score layers learn at lr * score_lr (DeepLab: 10 for fc8)
     warmup: int = 0                         # steps of linear rise
     power: float = 0.0                      # lr * (1 - step / steps) ** power; 0 keeps it constant
     drop_every: int = 0                     # steps after which lr falls to a tenth, again and again; 0: never
@@ -76,6 +77,18 @@ DECONVNET_1 = Recipe(steps=20_000, batch=64, lr=0.01, weight_decay=5e-4, bias_lr
 DECONVNET_2 = Recipe(steps=40_000, batch=64, lr=0.01, weight_decay=5e-4, bias_lr=2.0, drop_every=10_000,
                      crop=(224, 224), scale=(250 / 224, 250 / 224), flip=True,
                      source="DeconvNet release, stage 2; on deconvnet.ProposalCrops, from stage 1")  # fmt: skip
+DILATION_FRONT = Recipe(steps=60_000, batch=14, lr=1e-3, weight_decay=5e-4, crop=(500, 500), flip=True,
+                        source="Dilation, Sec. 4 (VOC2012); crop of the release; with layers.coarse_loss, from ImageNet "
+                               "weights")  # fmt: skip
+DILATION_CONTEXT = Recipe(steps=40_000, batch=60, lr=1e-3, weight_decay=5e-4, crop=(500, 500), flip=True,
+                          source="Dilation, Sec. 4 and train.py: context module on a frozen front end; steps are ours, the "
+                                 "paper gives none for VOC")  # fmt: skip
+DEEPLAB_V1 = Recipe(steps=6_000, batch=30, lr=1e-3, weight_decay=5e-4, bias_lr=2.0, score_lr=10.0, drop_every=2_000,
+                    crop=(321, 321), flip=True,
+                    source="DeepLab-LargeFOV, train.prototxt and solver.prototxt; with layers.coarse_loss, from ImageNet "
+                           "weights")  # fmt: skip
+DEEPLAB_V1_MSC = Recipe(steps=8_000, batch=20, lr=1e-3, weight_decay=5e-4, bias_lr=2.0, drop_every=2_000, crop=(321, 321),
+                        flip=True, source="DeepLab-MSc-LargeFOV: branches and fc8 on a frozen trunk")  # fmt: skip
 
 
 def current_scale() -> str:

@@ -271,13 +271,15 @@ def _check(model: nn.Module, data: Dataset, recipe: Recipe | None = None, world:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    biases = [p for name, p in named if name.endswith("bias")]
-    weights = [p for name, p in named if not name.endswith("bias")]
     groups = [
-        {"params": weights, "factor": 1.0, "weight_decay": recipe.weight_decay},
-        {"params": biases, "factor": recipe.bias_lr, "weight_decay": 0.0},
+        {"params": [], "factor": score * bias, "weight_decay": decay}
+        for score in (1.0, recipe.score_lr)
+        for bias, decay in ((1.0, recipe.weight_decay), (recipe.bias_lr, 0.0))
     ]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            score = recipe.score_lr != 1.0 and any(part.startswith("score") for part in name.split("."))
+            groups[2 * score + name.endswith("bias")]["params"].append(p)
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr)

@@ -53,7 +53,7 @@ def test_predict_names_what_is_missing(checkpoint):
         cli.main(["predict", str(checkpoint), "nowhere.jpg"])
 
 
-@pytest.mark.parametrize("model", ["unet", "segnet", "segnet-basic"])
+@pytest.mark.parametrize("model", ["unet", "segnet", "segnet-basic", "dilation", "deeplab-v1"])
 def test_other_models_train_too(model, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     cli.main(["train", model, "--scale", "mini", "--steps", "2", "--out", str(path)])
@@ -72,6 +72,11 @@ def test_paper_scale_takes_the_papers_loss_and_recipe():
         assert recipe.source
         if name == "fcn":  # summed over the pixels
             assert loss == pytest.approx((plain * (target != metrics.VOID).sum()).item(), rel=1e-4)
+        elif name in ("dilation", "deeplab-v1"):  # on the map of stride 8, every eighth label
+            coarse = torch.nn.functional.cross_entropy(
+                model.scores(image[None]), target[None, ::8, ::8], ignore_index=metrics.VOID
+            )
+            assert loss == pytest.approx(coarse.item(), rel=1e-5)
         elif name == "unet":
             assert loss == pytest.approx(plain.item(), rel=1e-5)
         else:  # balanced: rare classes weigh more

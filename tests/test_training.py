@@ -101,6 +101,29 @@ def test_biases_learn_at_their_own_rate_without_decay():
     torch.testing.assert_close(model.score_fr.weight, torch.full_like(model.score_fr.weight, 1 - 1e-2))  # decay alone
 
 
+def test_score_layers_learn_faster():
+    """One SGD step without momentum: weights move by lr, fc8 by 10 lr, its bias by 20 lr (DeepLab v1's solver)."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.conv, net.score = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    recipe = sg.recipes.Recipe(steps=1, batch=1, lr=1e-2, momentum=0.0, bias_lr=2.0, score_lr=10.0)
+    data = [(torch.rand(3, 4, 4), torch.randint(0, 2, (4, 4)))]
+    gradients = {}
+
+    def loss(model, images, target):
+        value = pixel_loss(model, images, target)
+        wanted = [p for _, p in model.named_parameters()]
+        found = torch.autograd.grad(value, wanted, retain_graph=True)
+        gradients.update(zip(before, found, strict=True))
+        return value
+
+    sg.fit(net, data, recipe, loss=loss)
+    for name, factor in {"conv.weight": 1, "conv.bias": 2, "score.weight": 10, "score.bias": 20}.items():
+        moved = before[name] - net.get_parameter(name)
+        torch.testing.assert_close(moved, factor * 1e-2 * gradients[name], rtol=1e-3, atol=1e-7)
+
+
 def test_stopped_and_resumed_is_bit_identical(tmp_path):
     whole = net()
     losses = sg.fit(whole, Stripes(), SHORT, progress=False).loss

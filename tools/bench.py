@@ -141,11 +141,36 @@ def unpooling() -> None:
         print(f"  {name:<12} {1000 * value:8.1f} ms {value / seconds['segedu']:6.2f} x")
 
 
+def dilated_resnet() -> None:
+    """ResNet-50 without classifier, forward and backward, at output stride 8 beside torchvision's; and at 16 and 32."""
+    from torchvision.models import resnet50
+
+    from segedu.backbones import ResNet, dilate
+
+    theirs = resnet50(weights=None, replace_stride_with_dilation=[False, True, True])
+    nets = {f"segedu, stride {stride}": dilate(ResNet(50), stride) for stride in (8, 16, 32)}
+    nets["torchvision, stride 8"] = torch.nn.Sequential(*list(theirs.children())[:-2])
+    images = torch.rand(1, 3, 225, 225)
+
+    def step(net: torch.nn.Module) -> None:
+        net.zero_grad()
+        maps = net(images)
+        (maps if isinstance(maps, torch.Tensor) else maps[-1]).square().mean().backward()
+
+    for net in nets.values():
+        step(net)
+    seconds = median_seconds({name: functools.partial(step, net) for name, net in nets.items()}, rounds=5)
+    print("ResNet-50, forward and backward, one picture of 225 x 225")
+    for name, value in seconds.items():
+        print(f"  {name:<24} {value:6.2f} s {value / seconds['torchvision, stride 8']:5.2f} x")
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     confusion()
     unet()
     unpooling()
+    dilated_resnet()
     torch.set_num_threads(1)
     print("1 thread")
     scores()
