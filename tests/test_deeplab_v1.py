@@ -48,6 +48,11 @@ def test_three_kernels_span_25_cells(kernel, dilation):
     assert dilation * (kernel - 1) + 1 == 25
 
 
+def test_even_kernel_of_odd_reach_keeps_the_size():
+    model = sg.DeepLabV1(3, kernel=4, dilation=1, width=1 / 16)
+    assert model(torch.rand(1, 3, 40, 50)).shape == (1, 3, 40, 50)
+
+
 @pytest.mark.parametrize(("side", "cells"), [(321, 41), (513, 65), (306, 39), (8, 1), (9, 2)])
 def test_sizes(side, cells):
     with torch.device("meta"):
@@ -59,7 +64,10 @@ def test_sizes(side, cells):
 def test_strides_and_rates_of_the_prototxt():
     model = sg.DeepLabV1(3, width=1 / 16)
     assert {m.dilation for m in model.stage5 if isinstance(m, nn.Conv2d)} == {(2, 2)}
-    assert (model.fc6.dilation, model.fc6.padding) == ((12, 12), (12, 12))
+    assert model.fc6.dilation == (12, 12)
+    x = torch.rand(1, 32, 9, 9)
+    padded = F.conv2d(x, model.fc6.weight, model.fc6.bias, padding=12, dilation=12)
+    torch.testing.assert_close(model.fc6(x), padded)
     with sg.record(model, ["stage1", "stage2", "stage3", "stage4", "stage5"]) as maps:
         model(torch.rand(1, 3, 65, 65))
     assert [m.shape[-1] for m in maps.values()] == [65, 33, 17, 9, 9]  # three halvings, pool4 and pool5 keep the size

@@ -48,7 +48,7 @@ class DeepLabV1(nn.Module):
         self.stage3 = vgg_stage(c2, c3, 3)
         self.stage4 = vgg_stage(c3, c4, 3)
         self.stage5 = vgg_stage(c4, c5, 3, dilation=2)
-        self.fc6 = he_init(nn.Conv2d(c5, c6, kernel, padding=(kernel - 1) * dilation // 2, dilation=dilation))
+        self.fc6 = he_init(nn.Conv2d(c5, c6, kernel, padding="same", dilation=dilation))
         self.fc7 = he_init(nn.Conv2d(c6, c6, 1))
         self.dropout = nn.Dropout(0.5)
         self.score = score_layer(c6, num_classes)
