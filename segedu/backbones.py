@@ -146,6 +146,13 @@ def _plan(
     """Walk the layers from a total stride and rate, note (layer, its stride, factor of its dilation); what comes out."""
     if isinstance(module, nn.Conv2d | nn.MaxPool2d):
         height, width = _pair(module.stride)
+        if any(layer is module for layer, _, _ in plan):
+            raise ValueError(f"{name} is a module that stands in the chain twice; give each place one of its own")
+        if isinstance(module, nn.MaxPool2d) and max(_pair(module.padding)) * rate > min(_pair(module.kernel_size)) // 2:
+            raise ValueError(
+                f"{name} needs a padding of {max(_pair(module.padding)) * rate} at rate {rate}, more than MaxPool2d takes; "
+                "pad by nn.ConstantPad2d(..., -inf) before it, and let the pool pad 0"
+            )
         if height != width:
             raise ValueError(f"{name} has a stride of {height} x {width}; only equal strides become dilation")
         if stride * height <= limit:
@@ -163,12 +170,12 @@ def _plan(
     if strided_pool or isinstance(module, nn.ConvTranspose2d):
         raise ValueError(f"{name} ({type(module).__name__}) cannot be dilated; output_stride={limit} needs it")
     start = (stride, rate)
-    for child, part in module.named_children():
-        end = _plan(
-            part, f"{name}.{child}".lstrip("."), *(start if child == "downsample" else (stride, rate)), limit, plan
-        )
-        if child != "downsample":
-            stride, rate = end
+    for child, part in module._modules.items():  # named_children() would leave out a module that comes a second time
+        if part is not None:
+            state = start if child == "downsample" else (stride, rate)
+            end = _plan(part, f"{name}.{child}".lstrip("."), *state, limit, plan)
+            if child != "downsample":
+                stride, rate = end
     return stride, rate
 
 

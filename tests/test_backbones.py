@@ -144,6 +144,8 @@ def test_convolution_that_pads_by_name_and_even_strides():
         (lambda: sg.ResNet(14, width=1 / 8), 64, "total stride of 32"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, stride=2), nn.AvgPool2d(2)), 1, "1 .AvgPool2d. cannot be dilated"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, stride=(2, 1))), 1, "stride of 2 x 1"),
+        (lambda: nn.Sequential(*[nn.MaxPool2d(2)] * 2), 2, "1 is a module that stands in the chain twice"),
+        (lambda: nn.Sequential(*(nn.MaxPool2d(3, 2, 1) for _ in range(2))), 1, "1 needs a padding of 2 at rate 2"),
     ],
 )
 def test_stride_in_the_wrong_place(model, output_stride, message):
