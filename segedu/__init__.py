@@ -16,6 +16,6 @@ from segedu.training import evaluate, fit, predict
 
 __all__ = [
     "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "Dilation", "ResNet", "Scores", "SegNet", "SegNetBasic",
-    "Toytown", "UNet", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict", "receptive_field", "recipes", "record",
-    "summary",
+    "Toytown", "UNet", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict",
+    "receptive_field", "recipes", "record", "summary",
 ]  # fmt: skip

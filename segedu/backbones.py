@@ -1,4 +1,7 @@
-"""The ImageNet networks that the segmentation papers start from, and how their strides become dilation."""
+"""The ImageNet networks that the segmentation papers start from, and how their strides become dilation.
+
+Chapter: chapters/07_dilation.ipynb
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +12,8 @@ from torch import Tensor, nn
 from segedu.layers import scale
 
 VGG16_CONVOLUTIONS = 13  # Simonyan and Zisserman 2015, Table 1, column D
-BLOCKS = {
-    14: (1, 1, 1, 1),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}  # He et al. 2016, Table 1; 14: ours
+# Bottlenecks of the four stages. He et al. 2016, Table 1; 14 is ours.
+BLOCKS = {14: (1, 1, 1, 1), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def vgg_stage(c_in: int, c_out: int, n: int, *, padding: int | None = None, dilation: int = 1) -> nn.Sequential:

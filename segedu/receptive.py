@@ -5,7 +5,7 @@ operation the first and last input pixel that every row and every column of cell
 dilation, branches, crops, sums, upsampling. Along a plain chain of layers it is the rule k' + (k - 1) s', s s' of Long,
 Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015, Sec. 3. The effective field is
 that of Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", NeurIPS 2016.
-Chapter: chapters/02_fcn.ipynb
+Chapters: chapters/02_fcn.ipynb and chapters/07_dilation.ipynb
 """
 
 import math
