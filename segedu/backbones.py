@@ -187,8 +187,8 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     """Put torchvision's ImageNet weights, of VGG16 or of a ResNet, into the trunk of `model`, in place.
 
     VGG16: the 13 convolutions go in order; `fc6` and `fc7`, where the model has them, take the fully connected layers
-    reshaped to convolutions: (4096, 25088) -> (4096, 512, 7, 7) and (4096, 4096) -> (4096, 4096, 1, 1). Where fc6 has
-    a smaller kernel or fewer channels, the weights are decimated (`decimated`). Score layers are not touched.
+    reshaped to convolutions: (4096, 25088) -> (4096, 512, 7, 7) and (4096, 4096) -> (4096, 4096, 1, 1). Where fc6 is a
+    smaller kernel with holes, or has fewer channels, both are decimated (`decimated`). Score layers are not touched.
 
     Args:
         state_dict: weights with torchvision's names; None downloads the published ones (VGG16 528 MB, ResNet-50 98 MB).
@@ -225,7 +225,7 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
             weight = weight.view(len(weight), -1, 7, 7)
         elif name == "classifier.3":
             weight = weight[:, :, None, None]
-        if name.startswith("classifier"):
+        if name.startswith("classifier") and model.fc6.dilation != (1, 1):
             weight, bias = decimated(weight, layer.weight.shape), decimated(bias, layer.bias.shape)
         if layer.weight.shape != weight.shape:
             raise ValueError(
