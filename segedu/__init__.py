@@ -1,12 +1,15 @@
 """segedu: the classic models of semantic segmentation, complete, small and tested, with the book that explains them."""
 
 from segedu import metrics, recipes
-from segedu.backbones import ResNet, dilate, load_imagenet
+from segedu.backbones import ResNet, Xception, dilate, load_imagenet, load_pretrained
 from segedu.data import CamVid, Cells, Toytown
 from segedu.features import record, summary
 from segedu.metrics import VOID, Scores
 from segedu.models.deconvnet import DeconvNet
 from segedu.models.deeplab_v1 import DeepLabV1
+from segedu.models.deeplab_v2 import DeepLabV2
+from segedu.models.deeplab_v3 import DeepLabV3
+from segedu.models.deeplab_v3plus import DeepLabV3Plus
 from segedu.models.dilation import Dilation
 from segedu.models.fcn import FCN
 from segedu.models.segnet import SegNet, SegNetBasic
@@ -15,7 +18,7 @@ from segedu.receptive import effective_field, receptive_field
 from segedu.training import evaluate, fit, predict
 
 __all__ = [
-    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "Dilation", "ResNet", "Scores", "SegNet", "SegNetBasic",
-    "Toytown", "UNet", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict",
-    "receptive_field", "recipes", "record", "summary",
+    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "DeepLabV2", "DeepLabV3", "DeepLabV3Plus", "Dilation",
+    "ResNet", "Scores", "SegNet", "SegNetBasic", "Toytown", "UNet", "Xception", "dilate", "effective_field", "evaluate",
+    "fit", "load_imagenet", "load_pretrained", "metrics", "predict", "receptive_field", "recipes", "record", "summary",
 ]  # fmt: skip

@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segedu.layers import scale
+from segedu.layers import scale, separable_conv
 
 VGG16_CONVOLUTIONS = 13  # Simonyan and Zisserman 2015, Table 1, column D
 # Bottlenecks of the four stages. He et al. 2016, Table 1; 14 is ours.
 BLOCKS = {14: (1, 1, 1, 1), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+# Entry blocks (channels, stride) and the number of middle blocks of the aligned Xception. The release, core/xception.py.
+XCEPTION = {
+    41: (((128, 2), (256, 2), (728, 2)), 8),
+    65: (((128, 2), (256, 2), (728, 2)), 16),
+    71: (((128, 2), (256, 1), (256, 2), (728, 1), (728, 2)), 16),
+}
 
 
 def vgg_stage(c_in: int, c_out: int, n: int, *, padding: int | None = None, dilation: int = 1) -> nn.Sequential:
@@ -106,6 +112,86 @@ class Bottleneck(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
+class Xception(nn.Module):
+    """The aligned Xception of DeepLab v3+ without its classifier: strided separable convolutions, no pools. Stride 32.
+
+    Shape: normalised images (N, 3, H, W) -> the low-level map of v3+'s decoder, stride 4 and 256 channels, and the last
+    map, stride 32 and 2048 channels.
+
+    Args:
+        depth: 41, 65 (the paper's) or 71, by the number of middle and entry blocks.
+        width: channel counts as a multiple of the paper's.
+
+    The low-level map is the second convolution, with batch norm and before ReLU, of the last block of 256 channels, as in
+    the release. Source: Chen et al., DeepLab v3+, Fig. 4; their release, core/xception.py. There, batch norm follows every
+    3x3 and 1x1, and ReLU stands before each separable convolution but in the last block, where it comes after both.
+    """
+
+    def __init__(self, depth: int = 65, *, width: float = 1.0) -> None:
+        super().__init__()
+        if depth not in XCEPTION:
+            raise ValueError(f"depth must be one of {', '.join(map(str, XCEPTION))}, got {depth}")
+        entry, middle = XCEPTION[depth]
+        self.low_level = max(i for i, (channels, _) in enumerate(entry) if channels == 256)
+        c1, c2, c728, c1024, c1536, c2048 = scale((32, 64, 728, 1024, 1536, 2048), width)
+
+        self.conv1 = nn.Conv2d(3, c1, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c1, eps=1e-3)
+        self.conv2 = nn.Conv2d(c1, c2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c2, eps=1e-3)
+        self.entry, c = nn.ModuleList(), c2
+        for channels, stride in zip(
+            scale([channels for channels, _ in entry], width), [s for _, s in entry], strict=True
+        ):
+            self.entry.append(XceptionBlock(c, (channels,) * 3, stride))
+            c = channels
+        self.middle = nn.ModuleList(XceptionBlock(c728, (c728,) * 3) for _ in range(middle))
+        self.exit1 = XceptionBlock(c728, (c728, c1024, c1024), 2)
+        self.exit2 = nn.Sequential(
+            *(separable_conv(a, b, eps=1e-3) for a, b in ((c1024, c1536), (c1536, c1536), (c1536, c2048)))
+        )
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+
+    # fmt: off
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.relu(self.bn1(self.conv1(x)))                  # 1/2
+        x = F.relu(self.bn2(self.conv2(x)))                  # 1/2
+        low = x
+        for i, block in enumerate(self.entry):
+            x, inside = block(x)                             # 1/4, 1/8, 1/16
+            low = inside if i == self.low_level else low     # 1/4
+        for block in self.middle:
+            x, _ = block(x)                                  # 1/16
+        x, _ = self.exit1(x)                                 # 1/32
+        return [low, self.exit2(x)]                          # 1/32
+    # fmt: on
+
+
+class XceptionBlock(nn.Module):
+    """Three times ReLU and separable convolution beside a shortcut, a strided 1x1 where size or channels change.
+
+    (N, c_in, h, w) -> (N, channels[2], h / stride, w / stride), and what the second convolution gave.
+    """
+
+    def __init__(self, c_in: int, channels: Sequence[int], stride: int = 1) -> None:
+        super().__init__()
+        a, b, c = channels
+        self.conv1 = separable_conv(c_in, a, relu=False, eps=1e-3)
+        self.conv2 = separable_conv(a, b, relu=False, eps=1e-3)
+        self.conv3 = separable_conv(b, c, stride=stride, relu=False, eps=1e-3)
+        self.downsample = None
+        if stride > 1 or c_in != c:
+            shortcut = nn.Conv2d(c_in, c, 1, stride=stride, bias=False)
+            nn.init.kaiming_normal_(shortcut.weight, nonlinearity="relu")
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(c, eps=1e-3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inside = self.conv2(F.relu(self.conv1(F.relu(x))))
+        y = self.conv3(F.relu(inside))
+        return y + (x if self.downsample is None else self.downsample(x)), inside
+
+
 def dilate(model: nn.Module, output_stride: int) -> nn.Module:
     """Turn the last strides of a network into dilation, in place, so that its output stride is `output_stride`.
 
@@ -188,7 +274,8 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
 
     VGG16: the 13 convolutions go in order; `fc6` and `fc7`, where the model has them, take the fully connected layers
     reshaped to convolutions: (4096, 25088) -> (4096, 512, 7, 7) and (4096, 4096) -> (4096, 4096, 1, 1). Where fc6 is a
-    smaller kernel with holes, or has fewer channels, both are decimated (`decimated`). Score layers are not touched.
+    smaller kernel with holes, or has fewer channels, both are decimated (`decimated`). DeepLab v2 has four of each, which
+    start alike. Score layers are not touched.
 
     Args:
         state_dict: weights with torchvision's names; None downloads the published ones (VGG16 528 MB, ResNet-50 98 MB).
@@ -200,7 +287,8 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     resnet = next((m for m in model.modules() if isinstance(m, ResNet)), None)
     if resnet is not None:
         return _load_resnet(resnet, state_dict)
-    stages = [getattr(model, f"stage{i}", None) for i in range(1, 6)]
+    trunk = next((m for m in model.modules() if hasattr(m, "stage5")), model)
+    stages = [getattr(trunk, f"stage{i}", None) for i in range(1, 6)]
     convs = [m for s in stages if s is not None for m in s.modules() if isinstance(m, nn.Conv2d)]
     if len(convs) != VGG16_CONVOLUTIONS:
         raise TypeError(
@@ -216,8 +304,8 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
         key.removesuffix(".weight") for key in state_dict if key.startswith("features.") and key.endswith("weight")
     ]
     pairs = list(zip(convs, sorted(names, key=lambda name: int(name.split(".")[1])), strict=True))
-    pairs += [(getattr(model, fc), name) for fc, name in (("fc6", "classifier.0"), ("fc7", "classifier.3"))
-              if hasattr(model, fc)]  # fmt: skip
+    fc6, fc7 = ([m for key, m in model.named_modules() if key.split(".")[-1] == fc] for fc in ("fc6", "fc7"))
+    pairs += [(layer, "classifier.0") for layer in fc6] + [(layer, "classifier.3") for layer in fc7]
     ready = []
     for layer, name in pairs:  # look at every size before the first weight is changed
         weight, bias = state_dict[f"{name}.weight"], state_dict[f"{name}.bias"]
@@ -225,7 +313,7 @@ def load_imagenet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
             weight = weight.view(len(weight), -1, 7, 7)
         elif name == "classifier.3":
             weight = weight[:, :, None, None]
-        if name.startswith("classifier") and model.fc6.dilation != (1, 1):
+        if name.startswith("classifier") and fc6[0].dilation != (1, 1):
             weight, bias = decimated(weight, layer.weight.shape), decimated(bias, layer.bias.shape)
         if layer.weight.shape != weight.shape:
             raise ValueError(
@@ -253,6 +341,60 @@ def decimated(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight
 
 
+@torch.no_grad()
+def load_pretrained(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Put torchvision's published weights, trained for segmentation, into `model`, in place; its logits are then theirs.
+
+    For `DeepLabV3(21, depth=50, head="torchvision")`, and depth=101. They were trained on the pictures of COCO that show
+    one of the 20 classes of VOC; class 0 is background. The auxiliary head of the checkpoint is left out.
+
+    Args:
+        state_dict: weights with the names of torchvision's deeplabv3_resnet50 or 101; None downloads the published ones
+            (161 and 233 MB).
+
+    Raises:
+        TypeError: the model has no counterpart in torchvision.
+        ValueError: sizes or names differ; the model is left as it was.
+    """
+    if getattr(model, "head", None) != "torchvision":
+        raise TypeError(
+            'load_pretrained needs a model that torchvision has weights for, DeepLabV3(21, depth=50, head="torchvision"), '
+            f"got {type(model).__name__}; for a trunk alone use load_imagenet"
+        )
+    if state_dict is None:
+        depth, classes = model.backbone.depth, model.score.out_channels
+        if depth not in (50, 101) or classes != 21:
+            raise ValueError(f"weights are published for depth 50 and 101 and 21 classes, got {depth} and {classes}")
+        import torchvision
+
+        weights = torchvision.models.get_weight(f"DeepLabV3_ResNet{depth}_Weights.COCO_WITH_VOC_LABELS_V1")
+        state_dict = weights.get_state_dict(progress=True, check_hash=True)
+    places = {
+        "classifier.0.": "aspp.",
+        "classifier.1.": "between.0.",
+        "classifier.2.": "between.1.",
+        "classifier.4.": "score.",
+    }
+    weights = {}
+    for name, p in state_dict.items():
+        place = next((place for place in places if name.startswith(place)), "")
+        if not name.startswith("aux_classifier."):
+            weights[places.get(place, "") + name.removeprefix(place)] = p
+    _load_strictly(model, weights, f"torchvision's DeepLab v3 with ResNet-{model.backbone.depth}")
+
+
+def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Load all or, with a ValueError, nothing."""
+    own = model.state_dict()
+    wrong = [name for name in own.keys() | weights.keys() if name not in own or name not in weights]
+    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(
+            f"these are not the weights of {what} at width=1: {len(wrong)} differ, for example {min(wrong)}"
+        )
+    model.load_state_dict(weights)
+
+
 def _load_resnet(resnet: ResNet, state_dict: Mapping[str, Tensor] | None) -> None:
     if resnet.stride_on != "3x3":
         raise ValueError('torchvision\'s ResNets have the stride on the 3x3; build the model with stride_on="3x3"')
@@ -264,12 +406,5 @@ def _load_resnet(resnet: ResNet, state_dict: Mapping[str, Tensor] | None) -> Non
         state_dict = torchvision.models.get_weight(f"ResNet{resnet.depth}_Weights.IMAGENET1K_V1").get_state_dict(
             progress=True, check_hash=True
         )
-    own = resnet.state_dict()
     weights = {name: p for name, p in state_dict.items() if not name.startswith("fc.")}
-    wrong = [name for name in own.keys() | weights.keys() if name not in own or name not in weights]
-    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if wrong:
-        raise ValueError(
-            f"these are not the weights of a ResNet-{resnet.depth} at width=1: {len(wrong)} differ, for example {min(wrong)}"
-        )
-    resnet.load_state_dict(weights)
+    _load_strictly(resnet, weights, f"a ResNet-{resnet.depth}")

@@ -16,8 +16,11 @@ from segedu.backbones import load_imagenet
 from segedu.checkpoint import load_checkpoint, read_checkpoint
 from segedu.data import CamVid, Toytown
 from segedu.data.camvid import data_root
-from segedu.layers import coarse_loss
+from segedu.layers import coarse_loss, freeze_batch_norm
 from segedu.models.deeplab_v1 import DeepLabV1
+from segedu.models.deeplab_v2 import DeepLabV2, MultiScale, multiscale_loss
+from segedu.models.deeplab_v3 import DeepLabV3, first_phase
+from segedu.models.deeplab_v3plus import DeepLabV3Plus
 from segedu.models.dilation import Dilation
 from segedu.models.fcn import FCN, sum_loss
 from segedu.models.segnet import SegNet, SegNetBasic, balanced_loss, median_frequency
@@ -25,14 +28,20 @@ from segedu.models.unet import UNet
 from segedu.training import Loss, as_image, evaluate, fit, pixel_loss, predict
 
 MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic, "dilation": Dilation,
-          "deeplab-v1": DeepLabV1}  # fmt: skip
+          "deeplab-v1": DeepLabV1, "deeplab-v2": DeepLabV2, "deeplab-v3": DeepLabV3,
+          "deeplab-v3plus": DeepLabV3Plus}  # fmt: skip
+PRETRAINED = ("fcn", "segnet", "dilation", "deeplab-v1", "deeplab-v2", "deeplab-v3", "deeplab-v3plus")
 DATA = {"toytown": Toytown, "camvid": CamVid}
 SMALL = {  # the others: width 1/8
     "fcn": {"stride": 8, "pad": 1, "width": 1 / 8},
     "segnet-basic": {"width": 1 / 4},
     "dilation": {"context": "basic", "pad": 0, "width": 1 / 8},
     "deeplab-v1": {"dilation": 3, "width": 1 / 8},  # as wide on a map of 12 x 16 as rate 12 on 41 x 41
+    "deeplab-v2": {"backbone": "vgg16", "rates": (2, 4, 6, 8), "width": 1 / 8},
+    "deeplab-v3": {"depth": 14, "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4},
+    "deeplab-v3plus": {"backbone": "resnet14", "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4},
 }
+STANDARD = {"deeplab-v2": {"stride_on": "3x3"}}  # for torchvision's ImageNet weights; the others: as published
 PAPER = {
     "fcn": ({"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE),
     "unet": ({}, recipes.UNET),
@@ -40,6 +49,9 @@ PAPER = {
     "segnet-basic": ({}, recipes.SEGNET_BASIC),
     "dilation": ({}, recipes.DILATION_FRONT),
     "deeplab-v1": ({}, recipes.DEEPLAB_V1),
+    "deeplab-v2": ({"stride_on": "3x3"}, recipes.DEEPLAB_V2),
+    "deeplab-v3": ({}, recipes.DEEPLAB_V3),
+    "deeplab-v3plus": ({}, replace(recipes.DEEPLAB_V3PLUS, weight_decay=1e-4)),
 }
 
 
@@ -48,18 +60,20 @@ def setting(model: str, data: str, scale: str) -> tuple[dict, recipes.Recipe, bo
     if scale == "mini":
         recipe = recipes.MINI_CAMVID if data == "camvid" else replace(recipes.MINI, steps=2000)
         return SMALL.get(model, {"width": 1 / 8}), recipe, False
-    arguments, recipe = PAPER[model] if scale == "paper" else ({}, recipes.STANDARD)
-    return arguments, recipe, model in ("fcn", "segnet", "dilation", "deeplab-v1")
+    arguments, recipe = PAPER[model] if scale == "paper" else (STANDARD.get(model, {}), recipes.STANDARD)
+    return arguments, recipe, model in PRETRAINED
 
 
 def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
     """The papers' own losses at their own scale, else the plain one. U-Net's is for cells, not for streets."""
-    if scale != "paper" or model == "unet":
+    if scale != "paper" or model in ("unet", "deeplab-v3", "deeplab-v3plus"):
         return pixel_loss
     if model == "fcn":
         return sum_loss
     if model in ("dilation", "deeplab-v1"):
         return coarse_loss
+    if model == "deeplab-v2":
+        return lambda net, images, target: multiscale_loss(MultiScale(net), images, target)
     return balanced_loss(median_frequency(pictures, len(pictures.classes)))
 
 
@@ -80,6 +94,10 @@ def train(args: argparse.Namespace) -> None:
     model = build(about)
     if pretrained and not path.exists():
         load_imagenet(model)
+    if args.scale == "paper" and args.model == "deeplab-v2":
+        freeze_batch_norm(model)
+    elif args.scale == "paper" and args.model in ("deeplab-v3", "deeplab-v3plus"):
+        first_phase(model)
     loss = loss_of(args.model, args.scale, pictures)
     run = fit(model, pictures, recipe, val=val, seed=args.seed, loss=loss, checkpoint=path, about=about,
               mixed_precision=args.mixed_precision, workers=args.workers)  # fmt: skip

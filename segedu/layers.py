@@ -1,5 +1,6 @@
 """Pieces that two or more papers share."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -43,10 +44,101 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return layer
 
 
+def conv_bn_relu(c_in: int, c_out: int, kernel: int = 1, *, dilation: int = 1) -> nn.Sequential:
+    """Convolution without bias, of odd kernel, that keeps the size; batch norm; ReLU. (N, c_in, h, w) -> (N, c_out, h, w)."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def separable_conv(
+    c_in: int, c_out: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1, relu: bool = True, eps: float = 1e-5
+) -> nn.Sequential:
+    """Atrous separable convolution: each channel by itself, then 1x1 over channels; batch norm (and ReLU) after both.
+
+    (N, c_in, h, w) -> (N, c_out, ceil(h / stride), ceil(w / stride)), with kernel^2 c_in + c_in c_out weights, not
+    kernel^2 c_in c_out. Source: DeepLab v3+, Sec. 3.1 and Fig. 3; `relu` and `eps` (of batch norm) as the release has it.
+    """
+    reach = dilation * (kernel // 2)
+    depthwise = nn.Conv2d(c_in, c_in, kernel, stride, reach, dilation, groups=c_in, bias=False)
+    pointwise = nn.Conv2d(c_in, c_out, 1, bias=False)
+    layers: list[nn.Module] = []
+    for conv in (depthwise, pointwise):
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        layers += [conv, nn.BatchNorm2d(conv.out_channels, eps=eps), *([nn.ReLU()] if relu else [])]
+    return nn.Sequential(*layers)
+
+
+def score_layer(c_in: int, num_classes: int, kernel: int = 1, *, dilation: int = 1) -> nn.Conv2d:
+    """Convolution to the classes that keeps the size; normal weights of 0.01 (DeepLab v1's train.prototxt), bias 0."""
+    conv = nn.Conv2d(c_in, num_classes, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm by its running statistics, in training too; nothing of it changes. Its weights keep their names."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        for name, buffer in norm.named_buffers():
+            self.register_buffer(name, buffer)
+        freeze(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def freeze_batch_norm(model: nn.Module) -> nn.Module:
+    """Put a `FrozenBatchNorm` in the place of each batch norm, in place; a batch of one picture will do then.
+
+    Returns: the model. Source: DeepLab v2 (statistics of ImageNet kept), DeepLab v3, Sec. 4.1.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, FrozenBatchNorm(child))
+    return model
+
+
 def freeze(*modules: nn.Module) -> None:
     """Their parameters get no gradient and stay as they are: a paper's later stage trains only what is new."""
     for module in modules:
         module.requires_grad_(False)
+
+
+def grid_pad(x: Tensor, stride: int) -> Tensor:
+    """(N, C, H, W) -> sides of stride m + 1 cells by zeros at the right and below: there strides hit the last pixel too.
+
+    A normalised picture gets the mean colour. Then every map has its first and last cell on the first and last pixel.
+    """
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -(width - 1) % stride, 0, -(height - 1) % stride))
+
+
+def enlarged(scores: Tensor, times: int) -> Tensor:
+    """(N, K, h, w) -> (N, K, (h - 1) times + 1, ...): bilinear, cell i stays as pixel `times` i."""
+    height, width = scores.shape[-2:]
+    size = ((height - 1) * times + 1, (width - 1) * times + 1)
+    return F.interpolate(scores, size, mode="bilinear", align_corners=True)
+
+
+def warn_wide_rates(module: nn.Module, rates: Sequence[int], size: Sequence[int]) -> None:
+    """Warn, once for each module, if a 3x3 kernel's rate is not below the side of its map (h, w).
+
+    Source: DeepLab v3, Sec. 3.3 and Fig. 4.
+    """
+    wide = [rate for rate in rates if rate >= min(size)]
+    if wide and not getattr(module, "warned", False):
+        module.warned = True
+        warnings.warn(
+            f"rates {wide} are too large for a map of {size[0]} x {size[1]} cells: where the rate is not below the map's "
+            "side, outer taps of a 3x3 kernel always lie in the padding, and what is left is a 1x1 convolution. Give "
+            "smaller rates, a larger picture or a smaller output stride",
+            stacklevel=3,
+        )
 
 
 def mirror_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:

@@ -89,6 +89,24 @@ DEEPLAB_V1 = Recipe(steps=6_000, batch=30, lr=1e-3, weight_decay=5e-4, bias_lr=2
                            "weights")  # fmt: skip
 DEEPLAB_V1_MSC = Recipe(steps=8_000, batch=20, lr=1e-3, weight_decay=5e-4, bias_lr=2.0, drop_every=2_000, crop=(321, 321),
                         flip=True, source="DeepLab-MSc-LargeFOV: branches and fc8 on a frozen trunk")  # fmt: skip
+DEEPLAB_V2 = Recipe(steps=20_000, batch=10, lr=2.5e-4, weight_decay=5e-4, bias_lr=2.0, score_lr=10.0, power=0.9,
+                    crop=(321, 321), scale=(0.5, 1.5), flip=True,
+                    source="DeepLab v2, Sec. 4.1.2, and kazuto1011/deeplab-pytorch, voc12.yaml: ResNet-101, batch norm frozen; "
+                           "with deeplab_v2.multiscale_loss, from weights of ImageNet and COCO. There poly steps every 10 "
+                           "updates and the scales are 0.5, 0.75 ... 1.5")  # fmt: skip
+DEEPLAB_V2_VGG16 = Recipe(steps=20_000, batch=10, lr=1e-3, weight_decay=5e-4, bias_lr=2.0, score_lr=10.0, power=0.9,
+                          crop=(321, 321), flip=True,
+                          source="DeepLab v2, Sec. 4.1.1, Table 2, last row: DeepLab v1's with poly for step; with "
+                                 "layers.coarse_loss, from ImageNet weights")  # fmt: skip
+DEEPLAB_V3 = Recipe(steps=30_000, batch=16, lr=7e-3, weight_decay=1e-4, power=0.9, crop=(513, 513), scale=(0.5, 2.0),
+                    flip=True, source="DeepLab v3, Sec. 4.1; weight decay of the release, train.py; after "
+                                      "deeplab_v3.first_phase, from ImageNet weights")  # fmt: skip
+DEEPLAB_V3_TRAINVAL = Recipe(steps=30_000, batch=16, lr=1e-3, weight_decay=1e-4, power=0.9, crop=(513, 513),
+                             scale=(0.5, 2.0), flip=True,
+                             source="DeepLab v3, Sec. 4.1: on VOC trainval, after deeplab_v3.second_phase")  # fmt: skip
+DEEPLAB_V3PLUS = Recipe(steps=30_000, batch=16, lr=7e-3, weight_decay=4e-5, power=0.9, crop=(513, 513), scale=(0.5, 2.0),
+                        flip=True, source="DeepLab v3+, Sec. 4: as v3; weight decay of the release for Xception, with ResNet "
+                                          "1e-4")  # fmt: skip
 
 
 def current_scale() -> str:

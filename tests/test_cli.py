@@ -53,7 +53,7 @@ def test_predict_names_what_is_missing(checkpoint):
         cli.main(["predict", str(checkpoint), "nowhere.jpg"])
 
 
-@pytest.mark.parametrize("model", ["unet", "segnet", "segnet-basic", "dilation", "deeplab-v1"])
+@pytest.mark.parametrize("model", [name for name in cli.MODELS if name != "fcn"])
 def test_other_models_train_too(model, tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     cli.main(["train", model, "--scale", "mini", "--steps", "2", "--out", str(path)])
@@ -77,7 +77,9 @@ def test_paper_scale_takes_the_papers_loss_and_recipe():
                 model.scores(image[None]), target[None, ::8, ::8], ignore_index=metrics.VOID
             )
             assert loss == pytest.approx(coarse.item(), rel=1e-5)
-        elif name == "unet":
+        elif name == "deeplab-v2":  # on four maps, the scales 1, 0.5, 0.75 and their maximum
+            assert 2 * plain < loss < 8 * plain
+        elif name in ("unet", "deeplab-v3", "deeplab-v3plus"):
             assert loss == pytest.approx(plain.item(), rel=1e-5)
         else:  # balanced: rare classes weigh more
             assert loss != pytest.approx(plain.item(), rel=1e-3) and loss.isfinite()

@@ -10,6 +10,7 @@ from torch import nn
 
 import segedu as sg
 from segedu.models.deconvnet import OverProposals
+from segedu.models.deeplab_v2 import MultiScale
 from segedu.models.unet import OverlapTile
 
 MODELS = {
@@ -30,6 +31,15 @@ MODELS = {
     "Dilation, mirrored": lambda: sg.Dilation(5, context="basic", width=1 / 16),
     "DeepLab v1": lambda: sg.DeepLabV1(5, width=1 / 16),
     "DeepLab v1, multi-scale": lambda: sg.DeepLabV1(5, kernel=4, dilation=4, multiscale=True, width=1 / 16),
+    "DeepLab v2": lambda: sg.DeepLabV2(5, backbone="resnet14", rates=(1, 2, 4), width=1 / 16),
+    "DeepLab v2, VGG16": lambda: sg.DeepLabV2(5, backbone="vgg16", rates=(1, 2, 4), width=1 / 16),
+    "DeepLab v2, multi-scale": lambda: MultiScale(sg.DeepLabV2(5, backbone="resnet14", rates=(1, 2), width=1 / 16)),
+    "DeepLab v3": lambda: sg.DeepLabV3(5, depth=14, rates=(1, 2, 3), width=1 / 16),
+    "DeepLab v3, stride 8": lambda: sg.DeepLabV3(5, depth=14, output_stride=8, rates=(2, 4), width=1 / 16),
+    "DeepLab v3, torchvision": lambda: sg.DeepLabV3(5, depth=14, head="torchvision", rates=(2, 4), width=1 / 16),
+    "DeepLab v3, cascade": lambda: sg.DeepLabV3(5, depth=14, head="cascade", width=1 / 16),
+    "DeepLab v3+": lambda: sg.DeepLabV3Plus(5, backbone="resnet14", rates=(1, 2, 3), width=1 / 16),
+    "DeepLab v3+, Xception": lambda: sg.DeepLabV3Plus(5, backbone="xception41", rates=(1, 2, 3), width=1 / 16),
     "FCN-8s learned upsampling": lambda: sg.FCN(5, learn_upsampling=True, width=1 / 16),
 }
 
@@ -75,7 +85,7 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
 
 def test_recorded_maps_are_not_overwritten(model):
     convolution = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
-    assert convolution.endswith("stage1.0")
+    assert convolution.endswith(("stage1.0", "backbone.conv1"))
     with sg.record(model, [convolution]) as maps:
-        model(torch.rand(1, 3, 64, 64))
+        model(torch.rand(2, 3, 64, 64))
     assert maps[convolution].min() < 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segedu.backbones import he_init, vgg_stage
-from segedu.layers import normalize, scale
+from segedu.layers import enlarged, grid_pad, normalize, scale, score_layer
 
 
 class DeepLabV1(nn.Module):
@@ -82,9 +82,7 @@ class DeepLabV1(nn.Module):
     # fmt: off
     def trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Scores at 1/8, and what the branches look at: the picture and pool1 to pool4."""
-        x = normalize(images)
-        height, width = x.shape[-2:]
-        x = picture = F.pad(x, (0, -(width - 1) % 8, 0, -(height - 1) % 8))  # 8 m + 1 pixels, with the mean colour
+        x = picture = grid_pad(normalize(images), 8)         # 8 m + 1 pixels, with the mean colour
         x = pool1 = pool(self.stage1(x), 2)                  # 1/2
         x = pool2 = pool(self.stage2(x), 2)                  # 1/4
         x = pool3 = pool(self.stage3(x), 2)                  # 1/8
@@ -117,21 +115,6 @@ class Branch(nn.Module):
         return self.score(x)
 
 
-def score_layer(c_in: int, num_classes: int) -> nn.Conv2d:
-    """1x1 convolution to the classes, normal weights of 0.01 (train.prototxt)."""
-    conv = nn.Conv2d(c_in, num_classes, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return conv
-
-
 def pool(x: Tensor, stride: int) -> Tensor:
     """3x3 max pooling: (N, C, h, w) -> (N, C, ceil(h / stride), ceil(w / stride))."""
     return F.max_pool2d(x, 3, stride=stride, padding=1)
-
-
-def enlarged(scores: Tensor, times: int) -> Tensor:
-    """(N, K, h, w) -> (N, K, (h - 1) times + 1, ...): bilinear, cell i stays as pixel `times` i."""
-    height, width = scores.shape[-2:]
-    size = ((height - 1) * times + 1, (width - 1) * times + 1)
-    return F.interpolate(scores, size, mode="bilinear", align_corners=True)
