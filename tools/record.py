@@ -28,8 +28,9 @@ import segedu as sg
 from segedu.backbones import he_init
 from segedu.checkpoint import load_checkpoint
 from segedu.data.cells import merged
-from segedu.layers import freeze, normalize, pool_with_switches, unpool
+from segedu.layers import coarse_loss, freeze, normalize, pool_with_switches, unpool
 from segedu.models.deconvnet import Ensemble, ObjectCrops, OverProposals, ProposalCrops, grid_boxes
+from segedu.models.deeplab_v2 import MultiScale, multiscale_loss
 from segedu.models.dilation import Context, load_front_end
 from segedu.models.fcn import load_coarser, sampled_loss
 from segedu.models.segnet import balanced_loss, median_frequency
@@ -128,6 +129,10 @@ def share_merged(model: nn.Module, test: sg.Cells) -> dict:
 
 THINGS = ("building", "pole", "tree", "sign", "car", "boat", "person")
 FOV = {"kernel": 3, "dilation": 3, "width": 1 / 8}
+V2 = {"backbone": "vgg16", "width": 1 / 8}
+V2_RESNET = {"backbone": "resnet14", "rates": (1, 2, 3, 4), "width": 1 / 4}
+V3 = {"depth": 14, "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4}  # 13 x 17 cells: as 6, 12, 18 on 33 x 33
+V3_16 = V3 | {"output_stride": 16, "rates": (1, 2, 3)}
 DILATION = {"pad": 0, "width": 1 / 8}
 CROPS = replace(sg.recipes.MINI, scale=(250 / 224, 250 / 224))
 
@@ -246,6 +251,11 @@ def on_large_fov(model: sg.DeepLabV1, seed: int) -> None:
     assert not unexpected
 
 
+def multi_scale(num_classes: int, **arguments: object) -> MultiScale:
+    """DeepLab v2 that looks at three scales of the picture, in training too."""
+    return MultiScale(sg.DeepLabV2(num_classes, **arguments))
+
+
 @cache
 def toytown_weights() -> Tensor:
     return median_frequency(sg.Toytown("train"), len(sg.Toytown.classes))
@@ -316,6 +326,36 @@ def jobs() -> Iterator[Job]:
                   chapter="09_deeplab_v1_v2")  # fmt: skip
     yield Job("msc", "deeplab-v1-msc", FOV, model=msc, recipe=replace(TOYTOWN, steps=300), start=on_large_fov,
               chapter="09_deeplab_v1_v2")  # fmt: skip
+    steps = replace(short, power=0.0, drop_every=-(-short.steps // 3))  # v1's schedule: a tenth after each third
+    for name, recipe, weights in (("poly", short, "deeplab-v1-3x3-r3"), ("step", steps, ""), ("constant", replace(short, power=0.0), "")):  # fmt: skip
+        yield Job("poly", f"deeplab-v1-{name}", FOV, model=sg.DeepLabV1, recipe=recipe, weights=weights,
+                  chapter="09_deeplab_v1_v2")  # fmt: skip
+    for name, rates in (("large-fov", (3,)), ("aspp-s", (1, 2, 3, 4)), ("aspp-l", (2, 4, 6, 8))):  # of 41 cells to 13
+        yield Job("aspp", f"deeplab-v2-{name}", V2 | {"rates": rates}, model=sg.DeepLabV2, recipe=short,
+                  chapter="09_deeplab_v1_v2")  # fmt: skip
+    alone = {"model": sg.DeepLabV2, "recipe": short, "chapter": "09_deeplab_v1_v2"}
+    yield Job("scales", "deeplab-v2-resnet", V2_RESNET, **alone)
+    yield Job("scales", "deeplab-v2-resnet-msc-test", V2_RESNET, weights="deeplab-v2-resnet",
+              scored=lambda model, seed: MultiScale(model), **alone)  # fmt: skip
+    yield Job("scales", "deeplab-v2-resnet-msc", V2_RESNET, model=multi_scale, recipe=short, loss=multiscale_loss,
+              chapter="09_deeplab_v1_v2")  # fmt: skip
+    v3 = {"model": sg.DeepLabV3, "recipe": short, "chapter": "10_deeplab_v3"}
+    for name, rates, pooling in (
+        ("1x1", (), False), ("one-rate", (4,), False), ("aspp", (2, 4, 6), False), ("pooling", (), True),
+        ("aspp-pooling", (2, 4, 6), True),
+    ):  # fmt: skip
+        yield Job("multi-scale", f"deeplab-v3-{name}", V3 | {"rates": rates, "image_pooling": pooling}, **v3)
+    whole = "deeplab-v3-aspp-pooling"
+    yield Job("output-stride", "deeplab-v3-os8", V3 | {"image_pooling": True}, weights=whole, **v3)
+    yield Job("output-stride", "deeplab-v3-os16", V3_16, **v3)
+    yield Job("output-stride", "deeplab-v3-os16-test-os8", V3_16, weights="deeplab-v3-os16",
+              scored=lambda model, seed: model.at_stride(8), **v3)  # fmt: skip
+    yield Job("output-stride", "deeplab-v3-os32", V3 | {"output_stride": 32, "rates": (1, 1, 2)}, **v3)
+    yield Job("labels", "deeplab-v3-shrunk-labels", V3, loss=coarse_loss, **v3)
+    plus = {"model": sg.DeepLabV3Plus, "recipe": short, "chapter": "10_deeplab_v3"}
+    for stride, arguments in ((8, V3), (16, V3_16)):
+        arguments = {"backbone": "resnet14", **{key: arguments[key] for key in ("output_stride", "rates", "width")}}
+        yield Job("decoder", f"deeplab-v3plus-os{stride}", arguments, **plus)
 
 
 def git_hash() -> str:
