@@ -1,7 +1,8 @@
 """segedu: the classic models of semantic segmentation, complete, small and tested, with the book that explains them."""
 
-from segedu import metrics, recipes
+from segedu import crf, metrics, recipes
 from segedu.backbones import ResNet, dilate, load_imagenet
+from segedu.crf import CRFasRNN, DenseCRF
 from segedu.data import CamVid, Cells, Toytown
 from segedu.features import record, summary
 from segedu.metrics import VOID, Scores
@@ -15,7 +16,7 @@ from segedu.receptive import effective_field, receptive_field
 from segedu.training import evaluate, fit, predict
 
 __all__ = [
-    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "Dilation", "ResNet", "Scores", "SegNet", "SegNetBasic",
-    "Toytown", "UNet", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict",
+    "FCN", "VOID", "CRFasRNN", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "DenseCRF", "Dilation", "ResNet", "Scores",
+    "SegNet", "SegNetBasic", "Toytown", "UNet", "crf", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict",
     "receptive_field", "recipes", "record", "summary",
 ]  # fmt: skip
