@@ -1,7 +1,8 @@
 """segedu: the classic models of semantic segmentation, complete, small and tested, with the book that explains them."""
 
-from segedu import metrics, recipes
+from segedu import crf, metrics, recipes
 from segedu.backbones import ResNet, Xception, dilate, load_imagenet, load_pretrained
+from segedu.crf import CRFasRNN, DenseCRF
 from segedu.data import CamVid, Cells, Toytown
 from segedu.features import record, summary
 from segedu.metrics import VOID, Scores
@@ -18,7 +19,8 @@ from segedu.receptive import effective_field, receptive_field
 from segedu.training import evaluate, fit, predict
 
 __all__ = [
-    "FCN", "VOID", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "DeepLabV2", "DeepLabV3", "DeepLabV3Plus", "Dilation",
-    "ResNet", "Scores", "SegNet", "SegNetBasic", "Toytown", "UNet", "Xception", "dilate", "effective_field", "evaluate",
-    "fit", "load_imagenet", "load_pretrained", "metrics", "predict", "receptive_field", "recipes", "record", "summary",
+    "FCN", "VOID", "CRFasRNN", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "DeepLabV2", "DeepLabV3", "DeepLabV3Plus",
+    "DenseCRF", "Dilation", "ResNet", "Scores", "SegNet", "SegNetBasic", "Toytown", "UNet", "Xception", "crf", "dilate",
+    "effective_field", "evaluate", "fit", "load_imagenet", "load_pretrained", "metrics", "predict", "receptive_field",
+    "recipes", "record", "summary",
 ]  # fmt: skip

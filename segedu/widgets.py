@@ -29,7 +29,7 @@ class Figure:
     """The figure `name` of segedu.js with the data it shows.
 
     Args:
-        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber" or "field-lab".
+        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab" or "crf-playground".
         state: what segedu.js needs for it, ready for JSON.
         still: PNG bytes of the picture that stands in its place without JavaScript and in print.
         alt: the still in words.
@@ -463,6 +463,159 @@ def _paths(layers: Sequence[tuple[str, int, int, int]]) -> Tensor:
         taps[:: rate * jump] = 1
         row, jump = np.convolve(row, taps), jump * stride
     return torch.from_numpy(np.outer(row, row))
+
+
+# A photo of 42 x 36 pixels, static/astronaut.png: Eileen Collins by NASA, public domain, cut and shrunk from
+# scikit-image's data.astronaut(). What it shows: traced on it (what stands out from the wall, looked over by eye), and
+# what a coarse network might say of it: drawn by hand in blocks of 6 x 6 pixels, one block in the wall being wrong.
+CRF_CLASSES = ("wall", "head", "suit")
+CRF_PALETTE = ((86, 180, 233), (230, 159, 0), (0, 125, 90))
+CRF_TARGET = """
+..........................................
+..........................................
+..........................................
+....................hhhhhhh...............
+.................hhhhhhhhhhhh.............
+................hhhhhhhhhhhhhhh...........
+...............hhhhhhhhhhhhhhhhh..........
+.............hhhhhhhhhhhhhhhhhhhh.........
+............hhhhhhhhhhhhhhhhhhhhhh........
+...........hhhhhhhhhhhhhhhhhhhhhhh........
+..........hhhhhhhhhhhhhhhhhhhhhhhhh.......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhh.......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhh.......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhh.......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhhh......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhhh......
+.........hhhhhhhhhhhhhhhhhhhhhhhhhhh......
+..........hhhhhhhhhhhhhhhhhhhhhhhhh.......
+..........hhhhhhhhhhhhhhhhhhhhhhhhh.......
+...........hhhhhhhhhhhhhhhhhhhhhhhh.......
+............hhhhhhhhhhhhhhhhhhhhhh........
+.............hhhhhhhhhhhhhhhhhhhh.........
+.............hhhhhhhhhhhhhhhhhhh..........
+..............hhhhhhhhhhhhhhhhh...........
+...............hhhhhhhhhhhhhhh............
+...............hhhhhhhhhhhhhh.............
+............sshhhhhhhhhhhhhhh.............
+........sssssshhhhhhhhhhhhhh..............
+.......ssssssshhhhhhhhhhhhhh..............
+......sssssssshhhhhhhhhhhhhh..............
+.....ssssssssshhhhhhhhhhhhh...............
+.....ssssssssshhhhhhhhhhhhhh..............
+....sssssssssssshhhhhhhhhhhsss............
+...ssssssssssssssssssssssssssss...........
+...sssssssssssssssssssssssssssss..........
+..sssssssssssssssssssssssssssssss.........
+"""
+CRF_NETWORK = """
+.......
+..hhh.s
+.hhhhh.
+.hhhhh.
+..hhh..
+.sssss.
+"""
+CRF_CONFIDENCE = 0.65  # of the network in its class; the other two share the rest
+# name: (w, sxy, srgb, w_smooth, sxy_smooth), what to see
+CRF_SETTINGS = {
+    "Colour and place": (
+        (6, 12, 20, 2, 1),
+        "A pixel hears far pixels too, but only of its own colour: those on its side of the edge. So labels stop where the "
+        "colour stops, and the wall outvotes the lone block. Colour misleads at the pale collar.",
+    ),
+    "Place only, short range": (
+        (0, 12, 20, 6, 2),
+        "A pixel hears only its nearest. At an edge they are of both sides, whatever their colour. So corners "
+        "get round, straight edges stay where the network drew them, and inside the lone block all say the same wrong thing.",
+    ),
+    "Place only, long range": (
+        (0, 12, 20, 6, 5),
+        "A longer range outvotes the lone block. But it still asks both sides of every edge: shapes melt towards blobs. "
+        "Take sxy_smooth to 8, and what is common swallows the rest.",
+    ),
+    "Too blind to colour": (
+        (6, 12, 200, 2, 1),
+        "srgb is so large that the wall and the face count as one colour. The kernel is then almost one of place only with a "
+        "long range. Take 10 steps more.",
+    ),
+    "No CRF": ((0, 12, 20, 0, 1), "Both weights are 0: every step gives the network's answer again."),
+}
+
+
+def crf_playground() -> Figure:
+    """Exact mean field of a fully connected CRF on a small photo, step by step, with its five parameters.
+
+    Shows the labels after each step, which pixels one pixel hears and how loud, and at that pixel the five steps of
+    mean field in numbers. The page computes what `segedu.crf.exact` computes. Opens before the first step.
+    """
+    from segedu import plots
+
+    image, unary, target = _astronaut()
+    rows, cols = target.shape
+    shown = {}
+    for name in "No CRF", "Place only, short range", "Colour and place":
+        labels = _crf(image, unary, CRF_SETTINGS[name][0], steps=10).argmax(0)
+        title = "network (drawn)" if name == "No CRF" else name.replace(", ", ",\n")
+        shown[title] = labels, int((labels != target).sum())
+    network, short, full = (wrong for _, wrong in shown.values())
+    keys = "w", "sxy", "srgb", "w_smooth", "sxy_smooth"
+    state = {
+        "title": "Dense-CRF playground",
+        "lead": f"A fully connected CRF on a photo of {cols} × {rows} pixels. What a coarse network would say is drawn by hand: "
+        f"blocks of 6 × 6 pixels, each {CRF_CONFIDENCE} sure of its class, one of them wrong. In each step of mean field "
+        "every pixel hears all pixels. Press Step: which kernel finds the outline?",
+        "hint": "White lines are the outline, traced on the photo: the CRF does not know it. Colours run from 0 to 255. "
+        f"On a photo 500 pixels wide the same look needs sxy about {500 / cols:.0f} times as large. Photo: NASA.",
+        "alt": "a woman with short brown hair in a black suit before a pale wall",
+        "rows": rows,
+        "cols": cols,
+        "classes": list(CRF_CLASSES),
+        "palette": CRF_PALETTE,
+        "photo": base64.b64encode(image.byte().permute(1, 2, 0).numpy().tobytes()).decode(),
+        "network": _runs(unary.argmin(0)),
+        "p": CRF_CONFIDENCE,
+        "target": _runs(target),
+        "presets": [
+            {"name": name, "set": dict(zip(keys, values, strict=True)), "note": note}
+            for name, (values, note) in CRF_SETTINGS.items()
+        ],
+        "pixel": [11, 10],
+    }
+    panels = {f"{title}\n{wrong} px wrong": labels for title, (labels, wrong) in shown.items()}
+    still = plots.masks(image / 255, panels, CRF_PALETTE, CRF_CLASSES)
+    alt = (
+        f"A small photo; the blocks that stand for a network's answer, {network} pixels wrong; after mean field with a kernel "
+        f"of place only and a short range, {short} wrong, the blocks with round corners; with a kernel of colour and "
+        f"place, {full} wrong, the outline of the head and the suit."
+    )
+    return Figure("crf-playground", state, still._repr_png_(), alt)
+
+
+def _astronaut() -> tuple[Tensor, Tensor, Tensor]:
+    """The playground's photo (3, 36, 42) of 0-255, unary (3, 36, 42) and target (36, 42)."""
+    from PIL import Image
+
+    with Image.open(MODULE.with_name("astronaut.png")) as photo:
+        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float()
+    target, network = (
+        torch.tensor([[".hs".index(at) for at in row] for row in text.split()]) for text in (CRF_TARGET, CRF_NETWORK)
+    )
+    network = network.repeat_interleave(6, 0).repeat_interleave(6, 1)
+    sure = nn.functional.one_hot(network, 3).permute(2, 0, 1).bool()
+    return image, -torch.where(sure, CRF_CONFIDENCE, (1 - CRF_CONFIDENCE) / 2).log(), target
+
+
+def _crf(image: Tensor, unary: Tensor, settings: Sequence[float], steps: int) -> Tensor:
+    """Exact mean field as in the playground: Q (K, H, W)."""
+    from segedu.crf import exact
+
+    w, sxy, srgb, w_smooth, sxy_smooth = settings
+    kernels = [
+        (w, exact.kernel(exact.features(image, sxy, srgb))),
+        (w_smooth, exact.kernel(exact.features(image, sxy_smooth))),
+    ]
+    return exact.mean_field(unary.flatten(1).T, kernels, steps).T.view_as(unary)
 
 
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):

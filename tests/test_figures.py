@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import segedu as sg
 from segedu import widgets
+from segedu.crf import exact
 from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
 from segedu.receptive import receptive_fields
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
-FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab"]
+FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground"]
 LAYERS, TITLES = ["stage1", "stage3", "score_pool3"], ["stage 1", "stage 3", "scores of pool 3"]
 
 
@@ -51,6 +52,7 @@ def figures() -> dict[str, widgets.Figure]:
         "upsampling-lab": widgets.upsampling_lab(),
         "layer-scrubber": widgets.layer_scrubber(model(), [val[0][0], val[1][0]], LAYERS, TITLES, channels=2, data=val),
         "field-lab": widgets.field_lab(),
+        "crf-playground": widgets.crf_playground(),
     }
 
 
@@ -606,6 +608,129 @@ def test_code_is_copied(show):
     page.get_by_role("button", name="Copy").click()
     assert page.get_by_text("Copied.").is_visible()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator("textarea").input_value()
+
+
+KNOBS = ("w", "sxy", "srgb", "w_smooth", "sxy_smooth")
+
+
+def check_crf(page) -> dict:
+    """Q, messages and free energy of the playground are those of segedu.crf.exact with the same settings and steps."""
+    got = value(page)
+    image, unary, target = widgets._astronaut()
+    w, sxy, srgb, w_smooth, sxy_smooth = (got[name] for name in KNOBS)
+    unary = unary.flatten(1).T
+    kernels = [
+        (w, exact.kernel(exact.features(image, sxy, srgb))),
+        (w_smooth, exact.kernel(exact.features(image, sxy_smooth))),
+    ]
+    steps = got["steps"]
+    q = exact.mean_field(unary, kernels, steps)
+    np.testing.assert_allclose(np.array(got["q"]).reshape(3, -1), q.T, atol=1e-4)
+
+    at = got["cell"][0] * target.shape[1] + got["cell"][1]
+    score = -unary[at]
+    assert got["unary"] == pytest.approx(score.tolist(), abs=1e-6)
+    if steps:
+        before = exact.mean_field(unary, kernels, steps - 1)
+        for name, (weight, kernel) in zip(("colour", "place"), kernels, strict=True):
+            assert got[name] == pytest.approx((weight * kernel[at] @ before).tolist(), abs=1e-3)
+            score = score + torch.tensor(got[name])
+    np.testing.assert_allclose(np.array(got["q"]).reshape(3, -1)[:, at], score.softmax(0), atol=1e-4)  # by hand
+
+    weights = sum(weight * kernel[at] for weight, kernel in kernels)
+    assert got["weight"] == pytest.approx(weights.sum().item(), abs=1e-4)
+    if weights.sum() > 0:
+        same = weights[target.flatten() == target.flatten()[at]].sum() / weights.sum()
+        assert got["same"] == pytest.approx(same.item(), abs=1e-5)
+        loudest = weights.sort(descending=True).values.cumsum(0) / weights.sum()
+        assert loudest[got["most"] - 1] >= 0.5 - 1e-6 and (got["most"] == 1 or loudest[got["most"] - 2] < 0.5 + 1e-6)
+
+    labels = np.array(got["q"]).reshape(3, -1).argmax(0)
+    assert len(got["trail"]) == steps + 1 and got["trail"][-1]["wrong"] == (labels != target.flatten().numpy()).sum()
+    in_double = [(weight, kernel.double()) for weight, kernel in kernels]
+    energies = [one["energy"] for one in got["trail"]]
+    assert energies[-1] == pytest.approx(exact.free_energy(q.double(), unary, in_double), abs=0.02)
+    assert (np.diff(energies) < 1e-3).all()  # the kernels are positive definite, so every step goes down
+    return got
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_mean_field_in_the_page_is_exact(show, classic):
+    page = show("crf-playground", classic=classic)
+    opening = check_crf(page)
+    assert (opening["steps"], opening["trail"][0]["wrong"]) == (0, 302)
+    wrong, same = {}, {}
+    for preset in figures()["crf-playground"].state["presets"]:
+        button = page.get_by_role("button", name=preset["name"], exact=True)
+        button.click()
+        got = check_crf(page)
+        assert button.get_attribute("aria-pressed") == "true" and got["steps"] == 10
+        assert {name: got[name] for name in KNOBS} == preset["set"]
+        wrong[preset["name"]], same[preset["name"]] = got["trail"][-1]["wrong"], got["same"]
+        page.get_by_role("button", name="Restart").click()
+        page.get_by_role("button", name="Step", exact=True).click()
+        assert check_crf(page)["steps"] == 1
+    assert wrong["No CRF"] == 302 and wrong["Colour and place"] < 50
+    assert all(wrong[name] > 150 for name in wrong if name != "Colour and place")
+    assert same["Colour and place"] > 0.9 > 0.7 > same["Place only, short range"] > same["Place only, long range"]
+
+
+def test_playground_follows_its_sliders(show):
+    page = show("crf-playground")
+    page.get_by_role("button", name="10 steps").click()
+    moves = {
+        "w: weight": ("w", 6.5),
+        "sxy: its": ("sxy", 13),
+        "srgb: its": ("srgb", 25),
+        "w_smooth: weight": ("w_smooth", 2.5),
+        "sxy_smooth: its": ("sxy_smooth", 1.5),
+    }
+    for label, (name, moved) in moves.items():
+        page.get_by_role("slider", name=label).press("ArrowRight")
+        got = check_crf(page)
+        assert got[name] == moved and got["steps"] == 10
+    assert page.get_by_text("Settings of your own.").is_visible()
+    page.get_by_role("slider", name="srgb: its").press("Home")  # the narrowest: a pixel hears its like only
+    page.get_by_role("slider", name="sxy_smooth: its").press("Home")
+    assert (check_crf(page)["srgb"], got["w"]) == (5, 6.5)
+    page.get_by_role("button", name="10 steps").click()
+    assert value(page)["steps"] == 20 and page.get_by_role("button", name="10 steps").is_disabled()
+    page.get_by_role("slider", name="w: weight").press("Home")
+    page.get_by_role("slider", name="w_smooth").press("Home")
+    got = check_crf(page)
+    assert (got["steps"], got["weight"], got["trail"][-1]["wrong"]) == (20, 0, 302)
+    assert page.get_by_text("Both weights are 0: it hears nobody.").first.is_visible()
+
+
+def test_playground_shows_the_five_steps_at_a_pixel(show):
+    page = show("crf-playground")
+    page.get_by_role("application").focus()
+    for key in ("ArrowUp", "Shift+ArrowRight", "+", "+"):
+        page.keyboard.press(key)
+    got = check_crf(page)
+    assert (got["cell"], got["steps"]) == ([10, 14], 2)
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+    rows = page.get_by_role("table", name="The five steps at (10, 14)").locator("tbody tr").all()
+    cells = [[float(text.replace("−", "-")) for text in row.locator("td").all_inner_texts()] for row in rows]
+    colour, place, weighted, weighted_place, penalty, unary, total, q = np.array(cells)
+    close = {"atol": 0.002 * (got["w"] + got["w_smooth"])}
+    np.testing.assert_allclose(weighted, got["w"] * colour, **close)
+    np.testing.assert_allclose(weighted_place, got["w_smooth"] * place, **close)
+    both = weighted + weighted_place
+    np.testing.assert_allclose(penalty, both - both.sum(), **close)
+    np.testing.assert_allclose(unary, np.log([0.175, 0.65, 0.175]), atol=6e-4)  # the network says head
+    np.testing.assert_allclose(total, penalty + unary, **close)
+    np.testing.assert_allclose(q, np.exp(total) / np.exp(total).sum(), atol=0.002)
+
+    box = page.get_by_role("img", name="Labels after step 2").bounding_box()
+    page.mouse.move(box["x"] + 39.5 / 42 * box["width"], box["y"] + 8.5 / 36 * box["height"])
+    assert check_crf(page)["cell"] == [8, 39]
+    assert page.get_by_text("Row 8, column 39 is wall and labelled").first.is_visible()
+    pick(page, "Third picture", "Q of suit")
+    assert page.get_by_role("application", name="Q of suit").is_visible()
+    trail = page.get_by_role("table", name="Labels that changed").locator("tbody tr").all()
+    shown = [row.locator("td").all_inner_texts()[:2] for row in trail]
+    assert shown == [["–", "302"], *([str(one["changed"]), str(one["wrong"])] for one in got["trail"][1:])]
 
 
 @pytest.mark.parametrize("mode", COLOURS)

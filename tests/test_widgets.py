@@ -126,6 +126,32 @@ def test_field_lab_shows_the_holes_of_gridding_and_is_small():
     assert Image.open(io.BytesIO(figure.still)).width > 600 and "49 of 13 × 13 pixels" in figure.alt
 
 
+def test_playground_sharpens_only_with_colour_and_is_small():
+    figure = widgets.crf_playground()
+    assert figure.to_html() == widgets.crf_playground().to_html() and len(figure.to_html()) < 60_000
+    image, unary, target = widgets._astronaut()
+    assert image.shape == unary.shape == (3, *target.shape) == (3, 36, 42) and image.max() > 1
+    torch.testing.assert_close((-unary).exp().sum(0), torch.ones(36, 42))
+    state = figure.state
+    assert base64.b64decode(state["photo"]) == image.byte().permute(1, 2, 0).numpy().tobytes()
+    runs = np.array(state["network"]).reshape(-1, 2)
+    network = torch.from_numpy(np.repeat(runs[:, 0], runs[:, 1])).view(36, 42)
+    assert torch.equal(network, (-unary).argmax(0))
+    assert (network.view(6, 6, 7, 6) == network[::6, ::6].view(6, 1, 7, 1)).all()  # blocks of 6 x 6
+    lone = network[6:12, 36:]
+    assert (lone == 2).all() and (target[6:12, 36:] == 0).all()
+
+    wrong, kept = {}, {}
+    for name, (settings, _) in widgets.CRF_SETTINGS.items():
+        labels = widgets._crf(image, unary, settings, steps=10).argmax(0)
+        wrong[name], kept[name] = int((labels != target).sum()), int((labels[6:12, 36:] == 2).sum())
+    assert wrong["No CRF"] == 302 and kept["No CRF"] == 36
+    assert wrong["Colour and place"] < 50 and kept["Colour and place"] == 0
+    assert 0 < kept["Place only, short range"] < 36 and 270 < wrong["Place only, short range"] < 302
+    assert 200 < wrong["Place only, long range"] < 302 and kept["Place only, long range"] == 0
+    assert str(wrong["Colour and place"]) in figure.alt and Image.open(io.BytesIO(figure.still)).width > 600
+
+
 def decoded(url: str) -> torch.Tensor:
     with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as picture:
         return torch.from_numpy(np.array(picture))

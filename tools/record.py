@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 import segedu as sg
 from segedu.backbones import he_init
 from segedu.checkpoint import load_checkpoint
+from segedu.crf import CRFasRNN, DenseCRF, WithCRF
 from segedu.data.cells import merged
 from segedu.layers import coarse_loss, freeze, normalize, pool_with_switches, unpool
 from segedu.models.deconvnet import Ensemble, ObjectCrops, OverProposals, ProposalCrops, grid_boxes
@@ -256,6 +257,98 @@ def multi_scale(num_classes: int, **arguments: object) -> MultiScale:
     return MultiScale(sg.DeepLabV2(num_classes, **arguments))
 
 
+VALIDATION = 20  # pictures that CRF parameters are searched and learned on
+
+
+@torch.no_grad()
+def with_logits(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Image, logits and target of the first pictures of val."""
+    val, device = sg.Toytown("val", size=VALIDATION), next(model.parameters()).device
+    return [(image, model.eval()(image[None].to(device))[0].cpu(), target) for image, target in val]
+
+
+def search(model: nn.Module, coarse: dict[str, Sequence[float]]) -> WithCRF:
+    """Model with the CRF that scores highest on val: a coarse grid, then a finer one about its best, as DeepLab v1 did."""
+    data = with_logits(model)
+
+    def miou(settings: tuple[float, ...]) -> float:
+        crf = DenseCRF(**dict(zip(coarse, settings, strict=True)))
+        scores = [sg.Scores.of(crf(x, logits, steps=5).argmax(0), y, len(logits)) for x, logits, y in data]
+        return sum(scores[1:], scores[0]).miou
+
+    tried = {settings: miou(settings) for settings in itertools.product(*coarse.values())}
+    best = max(tried, key=tried.get)
+    near = itertools.product(
+        *((v * 0.6, v, v * 1.5) if len(coarse[k]) > 1 else (v,) for k, v in zip(coarse, best, strict=True))
+    )
+    tried |= {settings: miou(settings) for settings in near if settings not in tried}
+    best = max(tried, key=tried.get)
+    model = WithCRF(model, DenseCRF(**dict(zip(coarse, best, strict=True))))
+    model.found = {
+        "crf": dict(zip(coarse, best, strict=True)),
+        "search": [{**dict(zip(coarse, settings, strict=True)), "miou": value} for settings, value in tried.items()],
+    }
+    return model
+
+
+def with_crf(model: nn.Module, seed: int) -> nn.Module:
+    place = {"sxy": (5, 12, 30), "srgb": (3, 6, 12)}
+    return search(model, {"w": (1, 3, 9), **place, "w_smooth": (1,), "sxy_smooth": (1,)})
+
+
+def with_smoothing(model: nn.Module, seed: int) -> nn.Module:
+    """The short-range kernel alone: place, no colour."""
+    return search(model, {"w": (0,), "w_smooth": (1, 3, 9), "sxy_smooth": (1, 2, 4)})
+
+
+class WithLearnedCRF(nn.Module):
+    """FCN-8s and CRF as RNN. `crf` starts from the parameters that were searched for the FCN-8s of this seed."""
+
+    def __init__(self, num_classes: int, *, found: dict | None = None) -> None:
+        super().__init__()
+        self.model = sg.FCN(num_classes, stride=8, **SMALL)
+        self.crf = CRFasRNN(num_classes, **(found or {}))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.crf(images, self.model(images))
+
+
+def found_crf(seed: int) -> dict:
+    file = ROOT / "results" / f"fcn8s-crf-toytown-mini-seed{seed}.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file.name} is needed first: python tools/record.py crf --seeds {seed}")
+    return json.loads(file.read_text())["crf"]
+
+
+def fcn8s(model: nn.Module, seed: int) -> None:
+    """Start from FCN-8s of chapter 02."""
+    load_checkpoint(ROOT / "runs" / f"fcn8s-toytown-mini-seed{seed}.safetensors", model)
+
+
+def fcn8s_and_crf(model: WithLearnedCRF, seed: int) -> None:
+    fcn8s(model.model, seed)
+    model.crf = CRFasRNN(len(model.crf.smooth), **found_crf(seed))
+
+
+def with_learned_crf(model: sg.FCN, seed: int) -> nn.Module:
+    """The net stays; class weights and compatibility learn on the pictures that the search had."""
+    data = with_logits(model)
+    both = WithLearnedCRF(len(data[0][1]))
+    both.model, both.crf = model, CRFasRNN(len(data[0][1]), **found_crf(seed)).train()
+    filters = [both.crf.filters(image) for image, _, _ in data]
+    optimizer = torch.optim.Adam(both.crf.parameters(), lr=0.05)
+    torch.manual_seed(seed)
+    for _ in range(100):
+        some = torch.randint(len(data), (4,)).tolist()
+        images, logits, targets = (torch.stack(x) for x in zip(*(data[i] for i in some), strict=True))
+        optimizer.zero_grad()
+        F.cross_entropy(both.crf(images, logits, [filters[i] for i in some]), targets, ignore_index=255).backward()
+        optimizer.step()
+    learned = {name: value.tolist() for name, value in both.crf.state_dict().items()}
+    both.found = {"crf": found_crf(seed), "learned": learned}
+    return both
+
+
 @cache
 def toytown_weights() -> Tensor:
     return median_frequency(sg.Toytown("train"), len(sg.Toytown.classes))
@@ -356,6 +449,20 @@ def jobs() -> Iterator[Job]:
     for stride, arguments in ((8, V3), (16, V3_16)):
         arguments = {"backbone": "resnet14", **{key: arguments[key] for key in ("output_stride", "rates", "width")}}
         yield Job("decoder", f"deeplab-v3plus-os{stride}", arguments, **plus)
+    nets = {
+        "fcn32s": (sg.FCN, {"stride": 32, **SMALL}, TOYTOWN), "fcn8s": (sg.FCN, {"stride": 8, **SMALL}, TOYTOWN),
+        "unet": (sg.UNet, {"width": 1 / 8}, TOYTOWN), "deeplab-v1-3x3-r3": (sg.DeepLabV1, FOV, short),
+    }  # fmt: skip
+    for net, (model, arguments, recipe) in nets.items():
+        same = {"model": model, "recipe": recipe, "weights": net, "chapter": "08_crf"}
+        yield Job("crf", f"{net}-crf", arguments, scored=with_crf, **same)
+        yield Job("crf", f"{net}-smoothing", arguments, scored=with_smoothing, **same)
+    fcn = {"arguments": {"stride": 8, **SMALL}, "chapter": "08_crf"}
+    yield Job("crf-rnn", "fcn8s-crf-rnn", weights="fcn8s", scored=with_learned_crf, **fcn)
+    more = replace(TOYTOWN, steps=200, batch=4, lr=1e-3)
+    yield Job("joint", "fcn8s-longer", recipe=more, start=fcn8s, **fcn)
+    yield Job("joint", "fcn8s-longer-crf", recipe=more, start=fcn8s, weights="fcn8s-longer", scored=with_crf, **fcn)
+    yield Job("joint", "fcn8s-joint", {}, model=WithLearnedCRF, recipe=more, start=fcn8s_and_crf, chapter="08_crf")
 
 
 def git_hash() -> str:
@@ -380,7 +487,8 @@ def record(job: Job, seed: int) -> None:
     if job.start is not None and not checkpoint.exists():
         job.start(model, seed)
     run = sg.fit(model, job.pictures(train), job.recipe, seed=seed, loss=job.loss, checkpoint=checkpoint)
-    scores = sg.evaluate(job.scored(model, seed), test)
+    scored = job.scored(model, seed)
+    scores = sg.evaluate(scored, test)
     facts = {
         "name": name,
         "chapter": job.chapter,
@@ -399,6 +507,7 @@ def record(job: Job, seed: int) -> None:
         "peak_memory_mb": round(run.peak_memory_mb),
         "loss": [round(value, 4) for value in run.loss],
         "scores": scores.to_dict(),
+        **getattr(scored, "found", {}),
         **job.measured(model, test),
     }
     file.parent.mkdir(exist_ok=True)

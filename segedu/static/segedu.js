@@ -96,8 +96,12 @@ textarea {
 @media (prefers-reduced-motion: no-preference) { .track i { transition: width 0.15s; } }
 .two { grid-template-columns: 1fr 1fr; }
 .small-large { grid-template-columns: 2fr 3fr; }
+.three { grid-template-columns: 1fr 1fr; }
+.three > :last-child { grid-column: 1 / -1; }
 @container (min-width: 34rem) {
   .small-large { grid-template-columns: 1fr 1fr; }
+  .three { grid-template-columns: 1fr 1fr 1fr; }
+  .three > :last-child { grid-column: auto; }
   .columns { grid-template-columns: 1fr 1fr; }
   .columns.large-small { grid-template-columns: 3fr 2fr; }
 }
@@ -1295,9 +1299,262 @@ function fieldLab(state, tell) {
   return element;
 }
 
+// ---- CRF playground: exact mean field of a small photo (chapter 08) --------------------------------------------------
+
+const MOST_STEPS = 20;
+const minus = (value, digits) => fixed(value, digits).replace("-", "−");
+
+const gaussian = (length, deviation) => Float64Array.from({ length }, (_, d) => Math.exp(-((d / deviation) ** 2) / 2));
+
+/** Colour and place, all pairs of pixels: k as in segedu.crf.exact.kernel before its rows and columns are multiplied by `scale`; `all`, the sums of its rows after. */
+function pairs({ rows, cols }, rgb, sxy, srgb) {
+  const n = rows * cols;
+  const [k, scale, all] = [new Float32Array(n * n), new Float64Array(n), new Float64Array(n)];
+  const [place, colour] = [gaussian(Math.max(rows, cols), sxy), gaussian(256, srgb)]; // the exponential of a sum is a product
+  for (let i = 0, e = 0; i < n; i++) {
+    const [y, x, r, g, b] = [Math.floor(i / cols), i % cols, rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2]];
+    let sum = 0;
+    for (let row = 0, j = 0; row < rows; row++) {
+      const down = place[Math.abs(row - y)];
+      for (let col = 0; col < cols; col++, e++, j += 3) {
+        k[e] = down * place[Math.abs(col - x)] * colour[Math.abs(rgb[j] - r)] * colour[Math.abs(rgb[j + 1] - g)] * colour[Math.abs(rgb[j + 2] - b)];
+        sum += k[e];
+      }
+    }
+    scale[i] = 1 / Math.sqrt(sum);
+  }
+  for (let i = 0, e = 0; i < n; i++) {
+    let sum = 0;
+    for (let j = 0; j < n; j++, e++) sum += k[e] * scale[j];
+    all[i] = scale[i] * sum;
+  }
+  return { k, scale, all };
+}
+
+/** Place alone is a product of one kernel for the rows and one for the columns: this one, n x n, normalised. */
+function axis(n, deviation) {
+  const near = gaussian(n, deviation);
+  const k = Float64Array.from({ length: n * n }, (_, e) => near[Math.abs(Math.floor(e / n) - (e % n))]);
+  const root = near.map((_, i) => Math.sqrt(k.subarray(i * n, i * n + n).reduce((a, b) => a + b)));
+  return k.map((value, e) => value / root[Math.floor(e / n)] / root[e % n]);
+}
+
+/** Messages by colour and place: every pixel of q (3 classes x pixels) sends to every pixel. A phone has 0.3 s for ten of these. */
+function sendByColour({ k, scale, all }, q) {
+  const n = scale.length;
+  const [first, second] = [0, n].map((c) => scale.map((value, j) => value * q[c + j]));
+  const messages = new Float64Array(3 * n);
+  for (let i = 0, e = 0; i < n; i++) {
+    let [a, b] = [0, 0];
+    for (let j = 0; j < n; j++, e++) {
+      a += k[e] * first[j];
+      b += k[e] * second[j];
+    }
+    messages[i] = a * scale[i];
+    messages[n + i] = b * scale[i];
+    messages[2 * n + i] = all[i] - (a + b) * scale[i]; // the three are shares of 1
+  }
+  return messages;
+}
+
+/** Messages by place alone: along the rows, then along the columns. */
+function sendByPlace({ down, across }, q, rows, cols) {
+  const along = (from, kernel, n, stride) => from.map((_, e) => {
+    const i = Math.floor(e / stride) % n;
+    let sum = 0;
+    for (let j = 0; j < n; j++) sum += kernel[i * n + j] * from[e + (j - i) * stride];
+    return sum;
+  });
+  return along(along(q, across, cols, 1), down, rows, cols);
+}
+
+function softmax(scores) {
+  const top = Math.max(...scores);
+  const powers = scores.map((score) => Math.exp(score - top));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return powers.map((power) => power / total);
+}
+
+/** A line between cells of different labels. */
+function trace({ context, rows, cols, cell }, labels) {
+  context.beginPath();
+  for (let i = 0; i < rows * cols; i++) {
+    const [x, y] = [i % cols, Math.floor(i / cols)];
+    if (x && labels[i] !== labels[i - 1]) (context.moveTo(x * cell, y * cell), context.lineTo(x * cell, (y + 1) * cell));
+    if (y && labels[i] !== labels[i - cols]) (context.moveTo(x * cell, y * cell), context.lineTo((x + 1) * cell, y * cell));
+  }
+  for (const [colour, line] of [["#000", 4], ["#fff", 1.5]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = line;
+    context.stroke();
+  }
+}
+
+function crfPlayground(state, tell) {
+  const { rows, cols, classes, palette, p } = state;
+  const [n, k] = [rows * cols, classes.length];
+  const rgb = Uint8Array.from(atob(state.photo), (character) => character.charCodeAt(0));
+  const [network, target] = [unpack(state.network), unpack(state.target)];
+  const score = (i, c) => Math.log(network[i] === c ? p : (1 - p) / (k - 1)); // minus the unary
+  const colourOf = (i) => [...rgb.subarray(3 * i, 3 * i + 3)];
+  const blend = (a, b, share) => a.map((value, c) => Math.round(value + (b[c] - value) * share));
+  const paper = (i) => new Array(3).fill(90 + 0.6 * colourOf(i).reduce((a, b) => a + b) / 3); // a pale grey print
+  const cursor = { row: state.pixel[0], col: state.pixel[1] };
+  let [set, view, known] = [{}, 0, {}];
+  let colour, place; // the kernels
+  let q, arrived, arriving, labels, trail, told; // `arrived`: the messages that made q; `arriving`: those of q, for the next step
+
+  const photo = picture("Photo", rows, cols, 10, { class: "probe", role: "img", "aria-label": `Photo: ${state.alt}` });
+  const answer = picture("Labels", rows, cols, 10, { class: "probe", role: "img" });
+  const third = picture("", rows, cols, 10, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  const starts = presets("Settings, 10 steps each", state.presets.map(({ name }) => name), (i) => open(i));
+  const button = (text, act) => h("button", { type: "button", click: act }, text);
+  const step = button("Step", () => go(trail.length));
+  const steps = button("10 steps", () => go(trail.length + 9));
+  const restart = button("Restart", () => go(0));
+  const knob = (key, label, min, max, by, unit = "") =>
+    [key, slider(`${key}: ${label}`, { min, max, step: by, value: min, text: (value) => short(value) + unit }, (value) => ((set[key] = value), go(trail.length - 1)))];
+  const knobs = Object.fromEntries([
+    knob("w", "weight of colour and place", 0, 15, 0.5),
+    knob("sxy", "its range in place (θα)", 1, 30, 1, " px"),
+    knob("srgb", "its range in colour (θβ)", 5, 200, 5, " of 255"),
+    knob("w_smooth", "weight of place alone", 0, 15, 0.5),
+    knob("sxy_smooth", "its range (θγ)", 0.5, 12, 0.5, " px"),
+  ]);
+  const views = choice("Third picture", ["messages", ...classes.map((name) => `Q of ${name}`)].map((text) => ({ text })), (i) => ((view = i), look()));
+  const [status, note, where] = [h("p"), h("p", { class: "note" }), h("p", { class: "note" })];
+  const [pixel, course] = [h("table", { class: "numbers stack" }), h("table", { class: "numbers meters" })];
+
+  const { element, announce } = frame(
+    state.title, state.lead, starts.element, note,
+    h("div", { class: "columns" },
+      h("div", {}, knobs.w.element, knobs.sxy.element, knobs.srgb.element),
+      h("div", {}, knobs.w_smooth.element, knobs.sxy_smooth.element, h("div", { class: "row" }, step, steps, restart))),
+    status, views.element,
+    h("div", { class: "pictures three" }, photo.element, answer.element, third.element),
+    h("ul", { class: "legend", "aria-label": "Colours of the classes" }, ...classes.map((name, c) => h("li", {}, swatch(palette[c]), " ", name))),
+    where, h("div", { class: "columns large-small" }, pixel, h("div", {}, course)),
+    h("p", { class: "hint", id: "keys" }, "Point at a picture to choose a pixel. Keys in the third picture: arrows move, with shift 4 pixels; + takes a step. The redder a pixel, the more it weighs (by the root). ", state.hint),
+  );
+
+  function open(i, count = 10) {
+    set = { ...state.presets[i].set };
+    for (const key in knobs) knobs[key].set(set[key]);
+    go(count);
+  }
+
+  /** Sets up what has changed, then takes the steps from the start. */
+  function go(count) {
+    const changed = (...keys) => keys.some((key) => set[key] !== known[key]);
+    const fresh = changed(...Object.keys(set));
+    if (changed("sxy", "srgb")) colour = pairs(state, rgb, set.sxy, set.srgb);
+    if (changed("sxy_smooth")) place = { down: axis(rows, set.sxy_smooth), across: axis(cols, set.sxy_smooth) };
+    known = { ...set };
+    if (fresh || count < trail.length) [trail, arriving] = [[], null];
+    while (trail.length <= Math.min(count, MOST_STEPS)) update();
+    told = Array.from(q, (value) => +value.toFixed(6));
+    const which = state.presets.findIndex((preset) => Object.keys(set).every((key) => preset.set[key] === set[key]));
+    starts.press(which);
+    note.textContent = which < 0 ? "Settings of your own." : state.presets[which].note;
+    for (const one of [step, steps]) one.disabled = trail.length > MOST_STEPS;
+    restart.disabled = trail.length === 1;
+    tabulate();
+    look();
+    announce(status.textContent);
+  }
+
+  /** What pixel i hears of class c, both kernels weighted: with Potts, less all other classes is the same as plus the own. */
+  const heard = ({ colour, place }, e) => set.w * colour[e] + set.w_smooth * place[e];
+
+  /** One step of mean field; the first is softmax(-unary). */
+  function update() {
+    const [past, first] = [labels, !arriving];
+    [q, labels, arrived] = [new Float64Array(k * n), new Uint8Array(n), arriving];
+    for (let i = 0; i < n; i++) {
+      const shares = softmax(classes.map((_, c) => score(i, c) + (first ? 0 : heard(arrived, c * n + i))));
+      shares.forEach((share, c) => (q[c * n + i] = share));
+      labels[i] = shares.indexOf(Math.max(...shares));
+    }
+    arriving = { colour: sendByColour(colour, q), place: sendByPlace(place, q, rows, cols) };
+    let energy = 0;
+    q.forEach((share, e) => (energy += share && share * (Math.log(share) - score(e % n, Math.floor(e / n)) - heard(arriving, e) / 2)));
+    const count = (differ) => labels.reduce((sum, label, i) => sum + differ(label, i), 0);
+    trail.push({ changed: first ? 0 : count((label, i) => label !== past[i]), wrong: count((label, i) => label !== target[i]), energy });
+  }
+
+  function tabulate() {
+    const last = trail.length - 1;
+    const { changed, wrong, energy } = trail[last];
+    status.textContent = last
+      ? `Step ${last}: ${changed} of ${n} pixels changed their label, ${wrong} are wrong. The free energy fell by ${fixed(trail[last - 1].energy - energy, 1)} to ${minus(energy, 1)}.`
+      : `Step 0: what the network says, ${wrong} of ${n} pixels wrong. No message was sent yet.`;
+    const [high, low] = [Math.max, Math.min].map((pick) => pick(...trail.map((one) => one.energy)));
+    const lines = trail.map((one, t) => {
+      const bar = h("i", { style: `width: ${100 * (high > low ? (one.energy - low) / (high - low) : 1)}%` });
+      const cells = [t ? one.changed : "–", one.wrong, minus(one.energy, 1)].map((text) => h("td", {}, String(text)));
+      return h("tr", {}, h("th", { scope: "row" }, String(t)), ...cells, h("td", { class: "bar", "aria-hidden": "true" }, h("span", { class: "track" }, bar)));
+    });
+    const head = ["step", "changed", "wrong", "free energy", ""].map((text) => h(text ? "th" : "td", text ? { scope: "col" } : {}, text));
+    course.replaceChildren(h("caption", {}, "Labels that changed, wrong labels"), h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...lines.slice(-11)));
+  }
+
+  /** Draws the pictures and does the five steps at the pixel once more, in numbers. */
+  function look() {
+    const at = cursor.row * cols + cursor.col;
+    const [across, down] = [(i) => place.across[cursor.col * cols + (i % cols)], (i) => place.down[cursor.row * rows + Math.floor(i / cols)]];
+    const sent = Float64Array.from(labels, (_, i) =>
+      set.w * colour.k[at * n + i] * colour.scale[at] * colour.scale[i] + set.w_smooth * across(i) * down(i));
+    const ranked = sent.slice().sort().reverse();
+    fill(photo, colourOf);
+    fill(answer, (i) => blend(paper(i), palette[labels[i]], 0.65));
+    fill(third, (i) => (view ? heat(q[(view - 1) * n + i], 1) : blend(paper(i), [190, 60, 0], Math.sqrt(Math.min(1, sent[i] / (ranked[9] || 1))))));
+    for (const one of [answer, third]) trace(one, target);
+    for (const one of [photo, answer, third]) mark(one, cursor.row, cursor.col, 3);
+    const t = trail.length - 1;
+    const name = `(${cursor.row}, ${cursor.col})`;
+    answer.caption.textContent = t ? `Labels after step ${t}` : "Labels of the network";
+    answer.canvas.setAttribute("aria-label", `${answer.caption.textContent}: ${trail[t].wrong} of ${n} pixels wrong`);
+    third.caption.textContent = view ? `Q of ${classes[view - 1]}` : `Messages to ${name}`;
+    third.canvas.setAttribute("aria-label", `${third.caption.textContent}: move the pixel`);
+
+    const unary = classes.map((_, c) => score(at, c));
+    const part = (messages, weight = 1) => arrived && classes.map((_, c) => weight * messages[c * n + at]);
+    const [byColour, byPlace] = [part(arrived?.colour, set.w), part(arrived?.place, set.w_smooth)];
+    const all = byColour?.reduce((sum, value, c) => sum + value + byPlace[c], 0);
+    const penalty = byColour?.map((value, c) => value + byPlace[c] - all);
+    const total = unary.map((value, c) => value + (penalty ? penalty[c] : 0));
+    const shares = classes.map((_, c) => q[c * n + at]);
+    const lines = [
+      ["1 Message passing: Q of all pixels, by colour and place", part(arrived?.colour)], ["1 the same by place alone", part(arrived?.place)],
+      [`2 Weighting: colour and place × ${short(set.w)}`, byColour], [`2 place alone × ${short(set.w_smooth)}`, byPlace],
+      ["3 Compatibility (Potts): minus what the other classes got", penalty],
+      ["4 Adding the unary: −U, the log of the network's p", unary], ["4 the sum of 3 and −U", total],
+      ["5 Normalising: Q, softmax of the sum", shares],
+    ].map(([text, values]) => h("tr", {}, h("th", { scope: "row" }, text), ...classes.map((_, c) => h("td", {}, values ? minus(values[c]) : "–"))));
+    const head = [`step ${t}`, ...classes].map((text) => h("th", { scope: "col" }, text));
+    pixel.replaceChildren(h("caption", {}, `The five steps at ${name}`), h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...lines));
+
+    let [weight, same, half, most] = [0, 0, 0, 0];
+    sent.forEach((value, j) => ((weight += value), (same += value * (target[j] === target[at]))));
+    for (const value of ranked) if (half < weight / 2) ((half += value), most++);
+    where.textContent = `Row ${cursor.row}, column ${cursor.col} is ${classes[target[at]]} and labelled ${classes[labels[at]]}. ` + (weight
+      ? `Half of the weight of its messages comes from ${most} ${most > 1 ? "pixels" : "pixel"}. ${fixed((100 * same) / weight, 0)}\u00a0% comes from pixels that are ${classes[target[at]]} too.`
+      : "Both weights are 0: it hears nobody.");
+    tell({ ...set, steps: t, q: told, trail, cell: [cursor.row, cursor.col], unary, colour: byColour, place: byPlace, most, same: same / weight || 0, weight });
+    return where.textContent;
+  }
+
+  for (const one of [photo, answer, third])
+    for (const type of ["pointerdown", "pointermove"])
+      one.canvas.addEventListener(type, (event) => (([cursor.row, cursor.col] = one.at(event)), look()));
+  steer(third, cursor, { moved: () => announce(look()), typed: (key) => "+=".includes(key) && (go(trail.length), true) });
+  open(0, 0);
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab, "crf-playground": crfPlayground };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
