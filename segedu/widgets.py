@@ -29,7 +29,7 @@ class Figure:
     """The figure `name` of segedu.js with the data it shows.
 
     Args:
-        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab" or "crf-playground".
+        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground" or "aspp-lab".
         state: what segedu.js needs for it, ready for JSON.
         still: PNG bytes of the picture that stands in its place without JavaScript and in print.
         alt: the still in words.
@@ -616,6 +616,102 @@ def _crf(image: Tensor, unary: Tensor, settings: Sequence[float], steps: int) ->
         (w_smooth, exact.kernel(exact.features(image, sxy_smooth))),
     ]
     return exact.mean_field(unary.flatten(1).T, kernels, steps).T.view_as(unary)
+
+
+# name: stride it is made for, rates of the 3x3 branches, 1x1, image pooling, what it is
+ASPP_SETS = {
+    "One rate: 12": (
+        8,
+        (12,),
+        False,
+        False,
+        "One dilated kernel, as in LargeFOV (DeepLab v1 and v2, stride 8). Move its rate from 1 to 72.",
+    ),
+    "ASPP-S 2, 4, 8, 12": (
+        8,
+        (2, 4, 8, 12),
+        False,
+        False,
+        "The small set of DeepLab v2, for stride 8. The scores of the four branches are added.",
+    ),
+    "ASPP-L 6, 12, 18, 24": (
+        8,
+        (6, 12, 18, 24),
+        False,
+        False,
+        "The large set of DeepLab v2, for stride 8. The scores of the four branches are added.",
+    ),
+    "v3: 6, 12, 18": (
+        16,
+        (6, 12, 18),
+        True,
+        True,
+        "DeepLab v3 at stride 16. The features of all five branches lie side by side. Image pooling sees the whole "
+        "map, which a rate wide enough for it cannot.",
+    ),
+    "v3: 12, 24, 36": (
+        8,
+        (12, 24, 36),
+        True,
+        True,
+        "The same net at stride 8: twice the cells a side, twice the rates, as many pixels. Compare the shares with 6, 12, 18 on "
+        "the map of stride 16.",
+    ),
+    "Ours: 2, 4, 6": (
+        8,
+        (2, 4, 6),
+        True,
+        True,
+        "For this book's small pictures (Toytown) at stride 8. 6, 12, 18 would be too wide for their map: try them.",
+    ),
+}
+TAPS = (9, 6, 4, 3, 2, 1)  # so many of nine can lie on a map, and a colour for each
+TAPS_PALETTE = ((0, 78, 130), (80, 155, 205), (205, 225, 238), (235, 225, 170), (246, 190, 120), (200, 80, 0))
+
+
+def aspp_lab() -> Figure:
+    """Choose a map and the rates of an ASPP and see which taps of its kernels fall on the padding.
+
+    Shows the taps at one cell, how many of nine are valid at every cell, their shares for all rates of 1 to 72 (DeepLab
+    v3, Fig. 4), and the field of each branch. The page counts what `deeplab_v3.valid_weights` counts. Opens on v3's
+    rates at stride 16.
+    """
+    from segedu import plots
+    from segedu.models.deeplab_v3 import valid_weights
+
+    maps = {"513 px, stride 8": (65, 65, 8), "513 px, stride 16": (33, 33, 16), "321 px, stride 8": (41, 41, 8),
+            "321 px, stride 16": (21, 21, 16), "Toytown, stride 8": (13, 17, 8)}  # fmt: skip
+    state = {
+        "title": "ASPP lab",
+        "lead": "A 3 × 3 kernel of rate r looks r cells to each side. Taps beyond the map meet padded zeros, so their "
+        "weights do nothing there. Predict first: as the rate grows, which cells lose taps, and what is left in the end?",
+        "maps": [
+            {"text": f"{rows} × {cols}: {name}", "rows": rows, "cols": cols, "stride": stride}
+            for name, (rows, cols, stride) in maps.items()
+        ],
+        "presets": [
+            {"name": name, "stride": stride, "rates": list(rates), "one": one, "pooling": pooling, "note": note}
+            for name, (stride, rates, one, pooling, note) in ASPP_SETS.items()
+        ],
+        "map": 1,
+        "cell": [8, 14],
+        "set": list(ASPP_SETS).index("v3: 6, 12, 18"),
+        "palette": TAPS_PALETTE,
+        "colours": ((0, 125, 90), (190, 50, 130), (95, 70, 180), (120, 75, 20)),
+    }
+    shown, spoken = {}, []
+    for rate in 6, 24, 36, 65:
+        taps = valid_weights(rate, 65)
+        mean = taps.double().mean().item()
+        shown[f"rate {rate}\nmean {mean:.2f} of 9"] = torch.tensor([TAPS.index(n) for n in taps.flatten()]).view(65, 65)
+        spoken.append(f"{mean:.2f} at rate {rate}")
+    still = plots.masks(None, shown, TAPS_PALETTE, [f"{n} tap{'s' * (n > 1)}" for n in TAPS])
+    alt = (
+        "Maps of 65 × 65 cells, coloured by how many of a dilated kernel's nine taps lie on the map. "
+        f"The mean is {', '.join(spoken)}. Small rates lose taps along the border only, a rate of 36 most of all in the "
+        "middle, and at 65 the kernel is a 1 × 1."
+    )
+    return Figure("aspp-lab", state, still._repr_png_(), alt)
 
 
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):

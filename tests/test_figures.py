@@ -5,6 +5,7 @@ import functools
 import http.server
 import importlib.util
 import io
+import itertools
 import math
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ import segedu as sg
 from segedu import widgets
 from segedu.crf import exact
 from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
+from segedu.models.deeplab_v3 import valid_weights
 from segedu.receptive import receptive_fields
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
-FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground"]
+FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground", "aspp-lab"]
 LAYERS, TITLES = ["stage1", "stage3", "score_pool3"], ["stage 1", "stage 3", "scores of pool 3"]
 
 
@@ -53,6 +55,7 @@ def figures() -> dict[str, widgets.Figure]:
         "layer-scrubber": widgets.layer_scrubber(model(), [val[0][0], val[1][0]], LAYERS, TITLES, channels=2, data=val),
         "field-lab": widgets.field_lab(),
         "crf-playground": widgets.crf_playground(),
+        "aspp-lab": widgets.aspp_lab(),
     }
 
 
@@ -733,6 +736,156 @@ def test_playground_shows_the_five_steps_at_a_pixel(show):
     assert shown == [["–", "302"], *([str(one["changed"]), str(one["wrong"])] for one in got["trail"][1:])]
 
 
+COUNTS = (9, 6, 4, 3, 2, 1)
+
+
+def check_aspp(page) -> dict:
+    """Taps, counts, shares and means are those of `valid_weights` and of convolutions of ones; the tables show them."""
+    got = value(page)
+    size, rates, chosen = tuple(got["map"]), got["rates"], got["chosen"]
+    row, col = got["cell"]
+    for i, rate in enumerate(rates):
+        kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+        seen = F.conv2d(torch.ones(1, 1, *size).double(), kernel, padding=rate, dilation=rate)[0, 0]
+        assert torch.equal(seen.long(), valid_weights(rate, size))
+        assert got["here"][i] == seen[row, col] == sum(tap["valid"] for tap in got["taps"][i])
+        padded = F.pad(torch.ones(size), (rate,) * 4)
+        for tap, (dy, dx) in zip(got["taps"][i], itertools.product((-rate, 0, rate), repeat=2), strict=True):
+            assert (tap["row"], tap["col"]) == (row + dy, col + dx)
+            assert tap["valid"] == (padded[row + dy + rate, col + dx + rate] == 1)
+        assert got["means"][i] == pytest.approx(seen.mean().item())
+        assert got["means"][i] == pytest.approx(math.prod((n + 2 * max(n - rate, 0)) / n for n in size))
+        assert got["kernels"][i] == [3 if rate < n else 1 for n in size]
+    assert got["counts"] == valid_weights(rates[chosen], size).flatten().tolist()
+    for rate, cells in enumerate(got["curve"], 1):
+        assert cells == [(valid_weights(rate, size) == n).sum() for n in COUNTS] and sum(cells) == math.prod(size)
+    assert len(got["curve"]) == 72
+
+    table = page.get_by_role("table", name="% of the cells")
+    kinds = [int(text) for text in table.locator("thead th").all_inner_texts()[1:-1]]
+    assert kinds == [n for k, n in enumerate(COUNTS) if any(cells[k] for cells in got["curve"])]
+    rows = table.locator("tbody tr").all()
+    assert len(rows) == len(rates)
+    for i, line in enumerate(rows):
+        *shares, mean = line.locator("td").all_inner_texts()
+        expected = [(valid_weights(rates[i], size) == n).double().mean().item() for n in kinds]
+        texts = ["–" if share == 0 else "< 0.1" if share < 0.001 else share for share in expected]
+        for text, share in zip(shares, texts, strict=True):
+            assert text == share if isinstance(share, str) else float(text) == pytest.approx(100 * share, abs=0.051)
+        assert float(mean) == pytest.approx(got["means"][i], abs=0.0051)
+        assert (line.get_attribute("aria-current") == "true") == (i == chosen)
+    sentence = f"Taps on the map at row {row}, column {col}: {got['here'][0]} of 9 at rate {rates[0]}"
+    assert page.locator("p.note", has_text=sentence).count() == 1
+    return got
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_valid_taps_are_those_of_a_convolution_of_ones(show, classic):
+    page = show("aspp-lab", classic=classic)
+    opening = check_aspp(page)
+    assert (opening["map"], opening["rates"], opening["here"]) == ([33, 33], [6, 12, 18], [9, 6, 4])
+    state = figures()["aspp-lab"].state
+    for area in state["maps"]:
+        pick(page, "Map", area["text"])
+        for preset in state["presets"]:
+            button = page.get_by_role("button", name=preset["name"], exact=True)
+            button.click()
+            got = check_aspp(page)
+            assert button.get_attribute("aria-pressed") == "true" and got["map"] == [area["rows"], area["cols"]]
+            assert all(got[name] == preset[name] for name in ("rates", "one", "pooling"))
+            warned = page.get_by_text(f"The map chosen above has stride {area['stride']}.").count()
+            assert warned == (preset["stride"] != area["stride"])
+    pick(page, "Map", state["maps"][0]["text"])
+    cells = check_aspp(page)["curve"][23]  # v3, Fig. 4, at rate 24
+    assert [round(n / 65**2, 3) for n in cells] == [0.068, 0.386, 0.545, 0, 0, 0]
+
+
+def test_fields_are_those_of_deeplab_v3(show):
+    page = show("aspp-lab")
+    for area, preset, stride in ("33 × 33: 513 px, stride 16", "v3: 6", 16), ("65 × 65: 513 px, stride 8", "v3: 12", 8):
+        pick(page, "Map", area)
+        page.get_by_role("button", name=preset).click()
+        got = check_aspp(page)
+        with torch.device("meta"):
+            model = sg.DeepLabV3(21, depth=101, output_stride=stride)
+        names = ["backbone.layer4", *(f"aspp.convs.{i}" for i in (1, 2, 3))]
+        fields = receptive_fields(model, names)
+        assert [2 * [fields[name].size] for name in names] == [2 * [got["trunk"]], *got["pixels"]]
+        assert got["fields"] == [2 * [2 * rate + 1] for rate in got["rates"]] and got["rates"] == list(model.aspp.rates)
+        rows = page.get_by_role("table", name="Each branch").locator("tbody tr").all()
+        shown = [row.locator("td").all_inner_texts() for row in rows]
+        assert shown[:3] == [
+            ["3 × 3", str(cells[0]), str(px[0])] for cells, px in zip(got["fields"], got["pixels"], strict=True)
+        ]
+        assert shown[3:] == [["1 × 1", "1", str(got["trunk"])], ["mean", str(got["map"][0]), "all"]]
+
+
+def test_lab_says_when_a_branch_is_a_1x1(show):
+    page = show("aspp-lab")
+    pick(page, "Map", "13 × 17: Toytown, stride 8")
+    page.get_by_role("button", name="One rate").click()
+    rate = page.get_by_role("slider", name="Rate of this branch")
+    said = {}
+    for _ in range(6):
+        rate.press("ArrowRight")
+        got = check_aspp(page)
+        said[got["rates"][0]] = page.locator("p.note").nth(1).inner_text()
+    assert list(said) == [13, 14, 15, 16, 17, 18] and got["kernels"] == [[1, 1]] and got["fields"] == [[1, 1]]
+    for now, words in said.items():
+        convolution = "1 × 1" if now >= 17 else "1 × 3"
+        assert f"This branch has become a {convolution} convolution." in words
+        x, weight = torch.rand(1, 1, 13, 17).double(), torch.rand(1, 1, 3, 3).double()
+        kept = weight[..., 1:2, 1:2] if now >= 17 else weight[..., 1:2, :]
+        padding = 0 if now >= 17 else (0, now)
+        torch.testing.assert_close(
+            F.conv2d(x, weight, padding=now, dilation=now), F.conv2d(x, kept, padding=padding, dilation=now)
+        )
+    rate.press("Home")
+    assert check_aspp(page)["rates"] == [1] and page.get_by_text("Rate 1: 165 cells of 221 have all nine").count()
+    pick(page, "Map", "33 × 33: 513 px, stride 16")
+    page.get_by_role("button", name="v3: 12").click()
+    pick(page, "Branch", "1")
+    words = page.locator("p.note").nth(1).inner_text()
+    assert words.startswith("Rate 12: 81 cells of 1089 have all nine") and "Rate 36 is not below" in words
+    rate.press("End")
+    assert page.get_by_text("Rates 72 and 36 are not below the sides of this map, 33 cells").first.is_visible()
+    assert page.get_by_text("Branches of your own.").is_visible() and check_aspp(page)["rates"] == [72, 24, 36]
+
+
+def test_cells_and_rates_are_chosen_by_keyboard_and_pointer(show):
+    page = show("aspp-lab")
+    page.get_by_role("application").focus()
+    for key in ("ArrowUp", "Shift+ArrowRight", "+", "+", "-"):
+        page.keyboard.press(key)
+    got = check_aspp(page)
+    assert (got["cell"], got["rates"]) == ([7, 18], [6, 12, 19])
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+    page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("Shift+ArrowUp")
+    assert check_aspp(page)["cell"] == [0, 18]  # the border holds
+
+    def point(view, row: float, col: float, rows: int, cols: int, act) -> None:
+        view.scroll_into_view_if_needed()
+        box = view.bounding_box()
+        act(box["x"] + (col + 0.5) / cols * box["width"], box["y"] + (row + 0.5) / rows * box["height"])
+
+    point(page.get_by_role("application"), 30, 2, 33, 33, page.mouse.move)
+    assert check_aspp(page)["cell"] == [30, 2]
+    taps = page.get_by_role("img", name="Taps of 3 branches")
+    point(taps, 19 + 5, 19 + 7, 71, 71, page.mouse.move)
+    assert check_aspp(page)["cell"] == [5, 7]
+    point(taps, 2, 70, 71, 71, page.mouse.move)  # in the padding: the nearest cell
+    assert check_aspp(page)["cell"] == [0, 32]
+    pick(page, "Branch", "2")
+    point(page.get_by_role("img", name="Curve"), 0, 39, 1, 72, page.mouse.click)
+    assert check_aspp(page)["rates"] == [6, 40, 19]
+    for name in "1 × 1", "Image pooling":
+        page.get_by_role("checkbox", name=name).press("Space")
+    got = check_aspp(page)
+    assert not got["one"] and not got["pooling"]
+    assert page.get_by_role("table", name="Each branch").locator("tbody tr").count() == 3
+
+
 @pytest.mark.parametrize("mode", COLOURS)
 @pytest.mark.parametrize("name", FIGURES)
 def test_accessible(show, name, mode):
@@ -757,6 +910,11 @@ def test_accessible(show, name, mode):
 @pytest.mark.parametrize("name", FIGURES)
 def test_fits(show, name, width):
     page = show(name, width=width)
+    if name == "aspp-lab":  # at its widest
+        pick(page, "Map", "13 × 17: Toytown, stride 8")
+        page.get_by_role("button", name="ASPP-L").click()
+        for _ in range(9):
+            page.get_by_role("slider").press("ArrowLeft")
     if name == "field-lab":  # at its longest
         page.get_by_role("button", name="Context module").click()
         page.locator("summary").click()

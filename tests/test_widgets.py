@@ -13,6 +13,7 @@ from PIL import Image
 
 import segedu as sg
 from segedu import widgets
+from segedu.models.deeplab_v3 import default_rates, valid_weights
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -150,6 +151,33 @@ def test_playground_sharpens_only_with_colour_and_is_small():
     assert 0 < kept["Place only, short range"] < 36 and 270 < wrong["Place only, short range"] < 302
     assert 200 < wrong["Place only, long range"] < 302 and kept["Place only, long range"] == 0
     assert str(wrong["Colour and place"]) in figure.alt and Image.open(io.BytesIO(figure.still)).width > 600
+
+
+def test_aspp_lab_counts_as_valid_weights_and_is_small():
+    figure = widgets.aspp_lab()
+    assert figure.to_html() == widgets.aspp_lab().to_html() and len(figure.to_html()) < 40_000
+    presets = {preset["name"]: preset for preset in figure.state["presets"]}
+    rates = [preset["rates"] for preset in presets.values()]
+    assert rates == [[12], [2, 4, 8, 12], [6, 12, 18, 24], [6, 12, 18], [12, 24, 36], [2, 4, 6]]
+    for stride in 16, 8:  # of the paper's net
+        preset = presets[f"v3: {', '.join(map(str, default_rates(stride)))}"]
+        assert preset["stride"] == stride and preset["one"] and preset["pooling"]
+    for area in figure.state["maps"][:4]:
+        pixels = int(area["text"].split()[3])
+        assert area["rows"] == area["cols"] == (pixels - 1) // area["stride"] + 1
+    with torch.device("meta"):
+        model = sg.DeepLabV3(11, depth=14, output_stride=8, rates=(2, 4, 6), width=1 / 4).eval()
+        assert model.cells(torch.empty(1, 3, 96, 128)).shape[-2:] == (13, 17)
+    toytown = figure.state["maps"][4]
+    assert (toytown["rows"], toytown["cols"]) == (13, 17) and sg.Toytown("val")[0][0].shape == (3, 96, 128)
+    counts = {
+        n for rate in range(1, 73) for size in (65, (13, 17)) for n in valid_weights(rate, size).unique().tolist()
+    }
+    assert counts == set(widgets.TAPS) and len(widgets.TAPS_PALETTE) == len(set(widgets.TAPS_PALETTE)) == len(
+        widgets.TAPS
+    )
+    assert "7.93 at rate 6" in figure.alt and "1.00 at rate 65" in figure.alt  # 0.881 and 1/9 of nine
+    assert Image.open(io.BytesIO(figure.still)).width > 600
 
 
 def decoded(url: str) -> torch.Tensor:

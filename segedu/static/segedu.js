@@ -1552,9 +1552,254 @@ function crfPlayground(state, tell) {
   return element;
 }
 
+// ---- ASPP lab: which taps of dilated kernels lie on the map (chapters 09, 10) ----------------------------------------
+
+const TAPS = [9, 6, 4, 3, 2, 1]; // so many of nine can lie on a map; 3 only where it is not square
+const WIDEST = 72;
+
+/** Along an axis of n cells, at each: how many of three taps, `rate` apart, lie on it. */
+const onAxis = (rate, n) => Array.from({ length: n }, (_, i) => 1 + (i >= rate) + (i + rate < n));
+
+/** As segedu.models.deeplab_v3.valid_weights, row by row. */
+function validTaps(rate, { rows, cols }) {
+  const across = onAxis(rate, cols);
+  return onAxis(rate, rows).flatMap((down) => across.map((count) => down * count));
+}
+
+/** The field of a cell of DeepLab v3's ResNet-101, along its longest path: a stage's first 3 x 3 keeps the rate before, multi-grid 1, 2, 4 in the last. */
+function trunkField(stride) {
+  const conv = (stride, rate, kernel = 3) => ({ kernel, stride, rate });
+  const stage = (units, stride, rate) => [conv(stride, 1), ...new Array(units - 1).fill(conv(1, rate))];
+  const last = [1, 2, 4].map((grid) => conv(1, (grid * 32) / stride));
+  return fieldsOf([conv(2, 1, 7), conv(2, 1), ...stage(3, 1, 1), ...stage(4, 2, 1), ...stage(23, stride / 8, 16 / stride), ...last]).at(-1).size;
+}
+
+function asppLab(state, tell) {
+  const { palette, colours } = state;
+  const cursor = { row: state.cell[0], col: state.cell[1] };
+  let map = state.maps[state.map];
+  let rates, one, pooling, chosen; // the branches: 3 x 3 of these rates, 1 x 1, image pooling; which rate is looked at
+  let curve, kinds, trunk; // of the map: cells by valid taps (as TAPS) for each rate, the counts that occur, field of the net before
+
+  const reach = picture("", 1, 1, 660, { class: "probe", role: "img" });
+  const counts = picture("", 1, 1, 660, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  const chart = picture(`Cells by valid taps at rates 1 to ${WIDEST} (height: all cells)`, 22, WIDEST, 10, { class: "probe", role: "img" });
+  const maps = choice("Map", state.maps, (i) => (measure(i), update()));
+  const sets = presets("Branches", state.presets.map(({ name }) => name), (i) => open(i));
+  const which = choice("Branch", colours.map((colour, i) => ({ text: String(i + 1), colour })), (i) => ((chosen = i), update()));
+  const rate = slider("Rate of this branch", { min: 1, max: WIDEST, step: 1, value: 1, text: (value) => `${value} ${value > 1 ? "cells" : "cell"}` }, (value) => turn(value));
+  const single = toggle("1 × 1", false, (on) => ((one = on), update()));
+  const whole = toggle("Image pooling", false, (on) => ((pooling = on), update()));
+  const [note, status, where, trunkNote] = [h("p", { class: "note" }), h("p", { class: "note" }), h("p", { class: "note" }), h("span")];
+  const [fields, shares] = [h("table", { class: "numbers stack" }), h("table", { class: "numbers stack" })];
+  const key = h("ul", { class: "legend", "aria-label": "Colours of the counts" });
+  const ticks = [18, 36, 54, 72].map((tick) => h("span", { style: "flex: 1; text-align: right" }, String(tick)));
+
+  const { element, announce } = frame(
+    state.title, state.lead, maps.element, sets.element, note,
+    h("div", { class: "row wide" }, which.element, single, whole), rate.element, status,
+    h("div", { class: "columns" }, reach.element, counts.element), key, where,
+    h("div", { class: "columns" }, h("div", {}, fields), h("div", {}, shares)),
+    h("div", { style: "margin-top: 0.9rem" }, chart.element, h("div", { "aria-hidden": "true", style: "display: flex" }, ...ticks)),
+    h("p", { class: "hint", id: "keys" },
+      "Point at a picture to choose a cell. Keys in the map of valid taps: arrows move, with shift 4 cells; + and − change the rate. Press on the curve to take its rate. " +
+      "In the curve the frames are the rates above, the black line is the mean share of valid taps. Rows and columns are counted from 0. ", trunkNote),
+  );
+
+  function open(i) {
+    ({ one, pooling } = state.presets[i]);
+    rates = [...state.presets[i].rates];
+    chosen = rates.length - 1;
+    update();
+  }
+
+  function turn(to) {
+    rates[chosen] = Math.min(WIDEST, Math.max(1, to));
+    update();
+    return true;
+  }
+
+  /** Takes a map, and the cell at the same place of it. */
+  function measure(i) {
+    const { rows, cols } = map;
+    map = state.maps[i];
+    Object.assign(cursor, { row: Math.floor(((cursor.row + 0.5) / rows) * map.rows), col: Math.floor(((cursor.col + 0.5) / cols) * map.cols) });
+    curve = Array.from({ length: WIDEST }, (_, i) => {
+      const valid = validTaps(i + 1, map);
+      return TAPS.map((n) => valid.filter((count) => count === n).length);
+    });
+    kinds = TAPS.filter((_, k) => curve.some((cells) => cells[k]));
+    trunk = trunkField(map.stride);
+  }
+
+  const share = (rate, k) => curve[rate - 1][k] / (map.rows * map.cols);
+  const mean = (rate) => TAPS.reduce((sum, n, k) => sum + n * share(rate, k), 0);
+  /** Rows and columns of the kernel that ever meet the map. */
+  const left = (rate) => [map.rows, map.cols].map((n) => (rate < n ? 3 : 1));
+  const both = ([down, across], text = String) => (down === across ? text(down) : `${text(down)} × ${text(across)}`);
+  const field = (rate) => left(rate).map((taps) => (taps - 1) * rate + 1);
+  const pixels = (field) => field.map((cells) => trunk + (cells - 1) * map.stride);
+
+  /** What the rate that is looked at does on this map, and which branches are a 1 x 1 on it. */
+  function words() {
+    const { rows, cols } = map;
+    const now = rates[chosen];
+    const dead = rates.filter((rate) => Math.max(...left(rate)) === 1);
+    const several = dead.length > 1;
+    const padded = "lie in the padding at every cell";
+    const degenerate = !dead.length ? "" : `${several ? `Rates ${dead.slice(0, -1).join(", ")} and ${dead.at(-1)} are` : `Rate ${dead[0]} is`} not below the ` +
+      `sides of this map, ${both([rows, cols])} cells: all eight outer taps ${padded}. ${several ? "These branches have become 1 × 1 convolutions." : "This branch has become a 1 × 1 convolution."}`;
+    if (dead.includes(now)) return degenerate;
+    const full = curve[now - 1][0];
+    const here = now >= rows ? `not below the map's ${rows} rows: the taps above and below ${padded}. This branch has become a 1 × 3 convolution`
+      : `${full || "no"} ${full > 1 ? "cells" : "cell"} of ${rows * cols} ${full > 1 ? "have" : "has"} all nine taps on the map`;
+    return `Rate ${now}${now >= rows ? " is" : ":"} ${here}. ${degenerate}`;
+  }
+
+  function update() {
+    const { rows, cols } = map;
+    const is = state.presets.findIndex((preset) => preset.one === one && preset.pooling === pooling && String(preset.rates) === String(rates));
+    maps.pick(state.maps.indexOf(map));
+    sets.press(is);
+    const preset = state.presets[is];
+    note.textContent = !preset ? "Branches of your own." : preset.note + (preset.stride === map.stride ? "" : ` The map chosen above has stride ${map.stride}.`);
+    which.limit(rates.length);
+    which.pick(chosen);
+    [single.firstChild.checked, whole.firstChild.checked] = [one, pooling];
+    rate.set(rates[chosen]);
+    status.textContent = words();
+    trunkNote.textContent = `Fields in pixels are those behind DeepLab v3's ResNet-101 at stride ${map.stride}, added up layer by layer; one cell of it sees ${trunk} itself.`;
+    counts.caption.textContent = `Valid taps, rate ${rates[chosen]}`;
+    key.replaceChildren(...kinds.map((n) => h("li", {}, swatch(palette[TAPS.indexOf(n)]), ` ${n} ${n > 1 ? "taps" : "tap"}`)));
+    counts.canvas.height = Math.round((counts.canvas.width * rows) / cols);
+    divide(counts, rows, cols);
+    const percent = (value) => (value === 0 ? "–" : value < 0.001 ? "< 0.1" : fixed(100 * value, 1));
+    const line = (name, cells, i) => h("tr", { "aria-current": i === chosen ? "true" : null }, h("th", { scope: "row" }, ...name), ...cells.map((text) => h("td", {}, text)));
+    const tabulate = (table, caption, names, lines) => table.replaceChildren(h("caption", {}, caption),
+      h("thead", {}, h("tr", {}, ...names.map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, ...lines));
+    tabulate(shares, "% of the cells by valid taps, and the mean", ["rate", ...kinds.map(String), "mean"], rates.map((rate, i) =>
+      line([swatch(colours[i]), ` ${rate}`], [...kinds.map((n) => percent(share(rate, TAPS.indexOf(n)))), fixed(mean(rate), 2)], i)));
+    tabulate(fields, "Each branch: what is left of it, and its field", ["branch", "acts as", "cells", "pixels"], [
+      ...rates.map((rate, i) => line([swatch(colours[i]), ` 3 × 3, rate ${rate}`], [left(rate).join(" × "), both(field(rate)), both(pixels(field(rate)))], i)),
+      ...(one ? [line(["1 × 1"], ["1 × 1", "1", String(trunk)])] : []),
+      ...(pooling ? [line(["image pooling"], ["mean", both([rows, cols]), "all"])] : []),
+    ]);
+    plot();
+    announce(`${status.textContent} ${look()}`);
+  }
+
+  /** The shares of all rates, stacked from nine taps up, and the mean. */
+  function plot() {
+    const { canvas, context, cell } = chart;
+    curve.forEach((cells, r) => {
+      let top = canvas.height;
+      cells.forEach((_, k) => {
+        const height = share(r + 1, k) * canvas.height;
+        context.fillStyle = css(palette[k]);
+        context.fillRect(r * cell, top - height, cell, height);
+        top -= height;
+      });
+    });
+    for (const [colour, line] of [["#fff", 6], ["#000", 2.5]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = line;
+      context.beginPath();
+      curve.forEach((_, r) => context.lineTo((r + 0.5) * cell, (1 - mean(r + 1) / 9) * canvas.height));
+      context.stroke();
+    }
+    for (const rate of rates) outline({ canvas, context, rows: 1, cols: WIDEST }, 0, rate - 1, 1, 1);
+    const spoken = rates.map((rate) => `rate ${rate}: mean ${fixed(mean(rate) / 9, 3)}`);
+    canvas.setAttribute("aria-label", `Curve of the shares and of the mean share of valid taps; ${spoken.join(", ")}`);
+  }
+
+  /** Draws the taps at the cell and the map, and says how many are valid. */
+  function look() {
+    const { rows, cols } = map;
+    const valid = validTaps(rates[chosen], map);
+    fill(counts, (i) => palette[TAPS.indexOf(valid[i])]);
+    mark(counts, cursor.row, cursor.col, counts.cell < 12 ? 3 : 1);
+    const pad = Math.max(...rates);
+    ground(pad);
+    const taps = rates.map((rate, i) => {
+      const found = [];
+      for (const dy of [-rate, 0, rate]) for (const dx of [-rate, 0, rate]) {
+        const [row, col] = [cursor.row + dy, cursor.col + dx];
+        found.push({ row, col, valid: row >= 0 && row < rows && col >= 0 && col < cols });
+      }
+      stamp(found, pad, rate, colours[i]);
+      return found;
+    });
+    const here = taps.map((found) => found.filter((tap) => tap.valid).length);
+    const name = `row ${cursor.row}, column ${cursor.col}`;
+    reach.caption.textContent = `Taps at ${name}, with the padding`;
+    reach.canvas.setAttribute("aria-label", `Taps of ${rates.length > 1 ? `${rates.length} branches` : "the branch"} at ${name}; those in the padding are crossed out`);
+    counts.canvas.setAttribute("aria-label", `${counts.caption.textContent}: move the cell`);
+    where.textContent = `Taps on the map at ${name}: ${rates.map((rate, i) => `${here[i]}${i ? "" : " of 9"} at rate ${rate}`).join(", ")}.` +
+      `${one ? " The 1 × 1 has its one." : ""}${pooling ? ` Image pooling takes all ${rows * cols} cells.` : ""}`;
+    tell({
+      map: [rows, cols], stride: map.stride, rates: [...rates], one, pooling, chosen, cell: [cursor.row, cursor.col], taps, here, counts: valid,
+      curve, means: rates.map(mean), kernels: rates.map(left), fields: rates.map(field), pixels: rates.map((rate) => pixels(field(rate))), trunk,
+    });
+    return where.textContent;
+  }
+
+  /** The map, white, in its padding, striped. */
+  function ground(pad) {
+    const { rows, cols } = map;
+    const { canvas, context } = reach;
+    canvas.height = Math.round((canvas.width * (rows + 2 * pad)) / (cols + 2 * pad));
+    divide(reach, rows + 2 * pad, cols + 2 * pad);
+    const [{ width, height }, { cell }] = [canvas, reach];
+    context.fillStyle = "#e9e9e9";
+    context.fillRect(0, 0, width, height);
+    context.strokeStyle = "#b5b5b5";
+    context.lineWidth = 1.5;
+    context.beginPath();
+    for (let x = -height; x < width; x += 12) (context.moveTo(x, height), context.lineTo(x + height, 0));
+    context.stroke();
+    context.fillStyle = "#fff";
+    context.fillRect(pad * cell, pad * cell, cols * cell, rows * cell);
+    if (pooling) outline(reach, pad, pad, rows, cols);
+  }
+
+  /** A square of nine taps: dots on the map, crosses in the padding. The middle is that of all branches. */
+  function stamp(taps, pad, rate, colour) {
+    const { context, cell } = reach;
+    const at = (i) => (pad + i + 0.5) * cell;
+    const size = Math.min(13, 0.45 * cell * rate);
+    context.strokeStyle = css(colour);
+    context.lineWidth = 1.5;
+    context.strokeRect(at(taps[0].col), at(taps[0].row), 2 * rate * cell, 2 * rate * cell);
+    for (const { row, col, valid } of taps) {
+      const [x, y, arm] = [at(col), at(row), 0.8 * size];
+      context.fillStyle = row === cursor.row && col === cursor.col ? "#000" : css(colour);
+      context.beginPath();
+      if (valid) (context.arc(x, y, size, 0, 7), context.fill());
+      else (context.moveTo(x - arm, y - arm), context.lineTo(x + arm, y + arm), context.moveTo(x + arm, y - arm), context.lineTo(x - arm, y + arm));
+      for (const [ink, line] of valid ? [["#fff", 2]] : [["#fff", 8], [css(colour), 4]]) ((context.strokeStyle = ink), (context.lineWidth = line), context.stroke());
+    }
+  }
+
+  const pressed = (event) => event.type === "pointerdown" || event.buttons;
+  for (const type of ["pointerdown", "pointermove"]) {
+    counts.canvas.addEventListener(type, (event) => (([cursor.row, cursor.col] = counts.at(event)), look()));
+    reach.canvas.addEventListener(type, (event) => {
+      const pad = Math.max(...rates);
+      const [row, col] = reach.at(event);
+      Object.assign(cursor, { row: clamp(row - pad, map.rows), col: clamp(col - pad, map.cols) });
+      look();
+    });
+    chart.canvas.addEventListener(type, (event) => pressed(event) && turn(chart.at(event)[1] + 1));
+  }
+  steer(counts, cursor, { moved: () => announce(look()), typed: (key) => ("+=".includes(key) && turn(rates[chosen] + 1)) || ("-−".includes(key) && turn(rates[chosen] - 1)) });
+  measure(state.map);
+  open(state.set);
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab, "crf-playground": crfPlayground };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab, "crf-playground": crfPlayground, "aspp-lab": asppLab };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
