@@ -17,6 +17,6 @@ from segedu.training import evaluate, fit, predict
 
 __all__ = [
     "FCN", "VOID", "CRFasRNN", "CamVid", "Cells", "DeconvNet", "DeepLabV1", "DenseCRF", "Dilation", "ResNet", "Scores",
-    "SegNet", "SegNetBasic", "Toytown", "UNet", "crf", "dilate", "effective_field", "evaluate", "fit", "load_imagenet", "metrics", "predict",
-    "receptive_field", "recipes", "record", "summary",
+    "SegNet", "SegNetBasic", "Toytown", "UNet", "crf", "dilate", "effective_field", "evaluate", "fit", "load_imagenet",
+    "metrics", "predict", "receptive_field", "recipes", "record", "summary",
 ]  # fmt: skip
