@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import itertools
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -207,6 +209,26 @@ def crf(rounds: int = 3) -> None:
         print(f"  {settings:<16} forward and backward {seconds['both'] / seconds['forward']:.2f} x forward, 5 steps")
 
 
+def crf_memory() -> None:
+    """Most memory of a dense CRF over what its process had before, each in a process of its own."""
+    code = """
+import resource, sys, torch
+from segedu.crf import PARAMETERS, DenseCRF
+import skimage.data
+backend, settings = sys.argv[1:]
+image, logits = skimage.data.astronaut()[:500, :500], torch.rand(21, 500, 500)
+crf = DenseCRF(**PARAMETERS[settings], backend=backend)
+crf(image[:32, :32], logits[:, :32, :32])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+crf(image, logits, steps=3)
+print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:6.0f} MiB")
+"""
+    print("dense CRF, 500 x 500, 21 classes, memory")
+    for settings, backend in itertools.product(("pydensecrf", "deeplab-v2"), ("lattice", "pydensecrf")):
+        done = subprocess.run([sys.executable, "-c", code, backend, settings], capture_output=True, text=True)
+        print(f"  {settings:<16} {backend:<10} {done.stdout.strip() or done.stderr.splitlines()[-1]}")
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     confusion()
@@ -214,6 +236,7 @@ if __name__ == "__main__":
     unpooling()
     dilated_resnet()
     crf()
+    crf_memory()
     torch.set_num_threads(1)
     print("1 thread")
     crf()

@@ -18,14 +18,19 @@ from segedu.crf import exact, lattice
 # What the papers ran. Steps: 10, CRF-as-RNN 5 in training, pydensecrf's example 5. "rows" is what the 2011 C++ of DeepLab
 # and CRF-as-RNN's layer do, "symmetric" the 2013 C++, which pydensecrf wraps.
 PARAMETERS = {
-    "pydensecrf": {"w": 10, "sxy": 80, "srgb": 13, "w_smooth": 3, "sxy_smooth": 3},  # README and examples
-    "deeplab-v1": {"w": 4, "sxy": 121, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # LargeFOV
+    # README and examples
+    "pydensecrf": {"w": 10, "sxy": 80, "srgb": 13, "w_smooth": 3, "sxy_smooth": 3},
+    # LargeFOV and MSc-LargeFOV, as searched on VOC's val
+    "deeplab-v1": {"w": 4, "sxy": 121, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
     "deeplab-v1-msc": {"w": 4, "sxy": 83, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
-    "deeplab-release": {"w": 10, "sxy": 60, "srgb": 20, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # its
-    # command line's defaults
-    "deeplab-v2": {"w": 4, "sxy": 67, "srgb": 3, "w_smooth": 3, "sxy_smooth": 1},  # kazuto1011/deeplab-pytorch
-    "deconvnet": {"w": 5, "sxy": 20, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3},  # release, MATLAB wrapper
-    "crf-rnn": {"w": 5, "sxy": 160, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # prototxt
+    # the command line's defaults
+    "deeplab-release": {"w": 10, "sxy": 60, "srgb": 20, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
+    # kazuto1011/deeplab-pytorch, all configurations, by pydensecrf
+    "deeplab-v2": {"w": 4, "sxy": 67, "srgb": 3, "w_smooth": 3, "sxy_smooth": 1},
+    # the release's MATLAB wrapper
+    "deconvnet": {"w": 5, "sxy": 20, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3},
+    # prototxt
+    "crf-rnn": {"w": 5, "sxy": 160, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
 }
 BACKENDS = ("lattice", "exact", "pydensecrf")
 MAX_EXACT = 128 * 128  # pixels
