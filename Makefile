@@ -34,14 +34,14 @@ ifneq ($(SERVE),0)
 endif
 
 test: .venv/ready chromium ## all tests, then every cell of every chapter
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= SEGEDU_SCALE=mini $(PY) -m pytest chapters -n 2 --dist loadfile \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg
 
 check: .venv/ready ## style and the fast tests, under two minutes
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest tests -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile -m "not slow"
 
 lab: .venv/ready ## the chapters in JupyterLab
 	.venv/bin/jupyter lab chapters $(if $(ROOT),,--allow-root)

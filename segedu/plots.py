@@ -190,6 +190,43 @@ def field(image: Tensor, field: Field, effective: Tensor, cell: tuple[int, int])
 
 
 @_styled
+def lattice(corners: Tensor, splat: Tensor, blurred: Tensor, read: Tensor, reach: float) -> Figure:
+    """Splat, blur and slice of one point's value 1, in two dimensions, from -reach to reach along both.
+
+    Args:
+        corners: (M, 2), where the lattice points lie.
+        splat, blurred: (M,), their values before and after the blur, as discs; of the first also in numbers.
+        read: (n, n), what a point at each place reads, rows = second feature. Broken lines: the Gaussian about the point,
+            where it is 3/4, 1/2 and 1/4 of its height.
+    """
+    corners, splat, blurred, read = (_array(values) for values in (corners, splat, blurred, read))
+    point = splat @ corners  # the weighted mean of its corners
+    edges = np.linalg.norm(corners[:, None] - corners, axis=2)
+    a, b = np.nonzero(np.triu((edges > 0) & (edges < 1.01 * edges[edges > 1e-6].min())))
+    figure = Figure(figsize=(WIDTH, WIDTH / 3 + 0.3), layout="constrained")
+    for i, title in enumerate(("splat: to three corners", "blur: along three axes", "slice: what each place reads")):
+        ax = figure.add_subplot(1, 3, i + 1, title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+        ax.plot(*corners[[a, b]].transpose(2, 0, 1), color="#999" if i < 2 else "white", lw=0.6, alpha=0.7)
+        ax.set_axis_off()
+        if i < 2:
+            ax.scatter(*corners.T, s=600 * (splat, blurred)[i], color=COLOURS[0], alpha=0.6, lw=0)
+        else:
+            ax.imshow(
+                read, cmap="viridis", extent=(-reach, reach, -reach, reach), origin="lower", interpolation="bilinear"
+            )
+            side = np.linspace(-reach, reach, len(read))
+            squares = (side - point[0]) ** 2 + (side[:, None] - point[1]) ** 2
+            ax.contour(side, side, np.exp(-squares / 2), [0.25, 0.5, 0.75], colors="white", linestyles="dashed")
+        ax.plot(*point, "x", color=COLOURS[1], ms=8, mew=2)
+    for at, value in zip(corners, splat, strict=True):
+        if value > 0:
+            figure.axes[0].annotate(
+                f"{value:.2f}", at, (26, 0), textcoords="offset points", ha="center", va="center", fontsize=9
+            )
+    return figure
+
+
+@_styled
 def curves(runs: Mapping[str, Sequence], ylabel: str = "loss", xlabel: str = "step", smooth: int = 1) -> Figure:
     """A line for each name: values (steps,) of one run, or (seeds, steps): their mean, and a band from least to most.
 

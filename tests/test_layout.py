@@ -9,6 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "segedu"
 MODELS = sorted(path for path in (PACKAGE / "models").glob("*.py") if path.name != "__init__.py")
+MODELS += [PACKAGE / "crf" / "dense.py", PACKAGE / "crf" / "rnn.py"]
 # (model, model it builds on) where the paper itself says "we build on"
 SIDEWAYS = {("deeplab_v2", "deeplab_v1"), ("deeplab_v3plus", "deeplab_v3")}
 
@@ -21,8 +22,10 @@ ALLOWED = {
     "recipes": set(),
     "backbones": {"layers"},
     "models": {"layers", "backbones"},
+    "crf": {"crf", "layers"},
 }
-NEVER = {"models": {"torchvision", "matplotlib", "anywidget", "ipywidgets", "accelerate"}}
+HEAVY = {"torchvision", "matplotlib", "anywidget", "ipywidgets", "accelerate"}
+NEVER = {"models": HEAVY, "crf": HEAVY}
 
 
 def imports(path):
@@ -64,7 +67,8 @@ def test_model_names_its_paper_and_chapter(path):
     assert "arxiv.org/abs/" in docstring
     chapter = next(word.rstrip(".,") for word in docstring.split() if word.startswith("chapters/"))
     assert (ROOT / chapter).is_file(), chapter
-    assert f"segedu/models/{path.name}" in (ROOT / chapter).read_text(), f"{chapter} does not link {path.name}"
+    file = str(path.relative_to(ROOT))
+    assert file in (ROOT / chapter).read_text(), f"{chapter} does not link {file}"
     first = next(node for node in tree.body if isinstance(node, ast.ClassDef))
     text = ast.get_docstring(first) or docstring
     assert "Shape:" in text

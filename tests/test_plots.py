@@ -23,6 +23,11 @@ def scene():
     return torch.rand(3, 24, 32, generator=torch.manual_seed(0)), target
 
 
+def three_corners():
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5], [1.5, 0.75**0.5]])
+    return corners, torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.5, 0.4, 0.4, 0.1])
+
+
 def every_figure(scene):
     image, target = scene
     labels = target.clamp(max=1)
@@ -35,6 +40,7 @@ def every_figure(scene):
         "curves": plots.curves({"32s": [[3, 2, 1], [4, 2, 1.5]], "8s": torch.tensor([3.0, 1, 0.5])}),
         "bars": plots.bars({"32s": [0.5, 0.6], "8s": [0.7, 0.8]}),
         "field": plots.field(image, sg.receptive.Field(10, 8, 3.5), image[0], (1, 2)),
+        "lattice": plots.lattice(*three_corners(), torch.rand(9, 9, generator=torch.manual_seed(0)), 2.0),
         "matrix": plots.matrix(torch.tensor([[9, 1, 0], [2, 6, 2], [0, 0, 0]]), CLASSES),
     }
 
@@ -153,3 +159,15 @@ def test_matrix_shows_shares_of_the_rows():
     assert [text.get_text() for text in figure.axes[0].texts] == ["90", "10", "20", "60", "20"]
     with pytest.raises(ValueError, match="for 2 classes"):
         plots.matrix(torch.zeros(3, 3), CLASSES[:2])
+
+
+def test_lattice_has_its_edges_its_point_and_its_weights():
+    """Two triangles of side 1 have five edges; the point is the weighted mean of its corners."""
+    first, _, last = plots.lattice(*three_corners(), torch.ones(9, 9), 2.0).axes
+    *edges, point = first.lines
+    assert len(edges) == 5
+    for edge in edges:
+        assert np.hypot(*np.diff(edge.get_data())) == pytest.approx(1, rel=1e-5)
+    assert np.ravel(point.get_data()) == pytest.approx([0.375, 0.25 * 0.75**0.5])
+    assert [text.get_text() for text in first.texts] == ["0.50", "0.25", "0.25"]
+    assert last.images[0].get_array().shape == (9, 9)

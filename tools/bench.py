@@ -1,7 +1,11 @@
 """How fast the parts are: `python tools/bench.py`. A function for each entry; each prints its own lines."""
 
 import functools
+import importlib.util
+import itertools
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -209,6 +213,66 @@ def deeplab_v3() -> None:
             )
 
 
+def crf(rounds: int = 3) -> None:
+    """Dense CRF, 10 steps with set-up, 21 classes, photos of 500 x 500, beside pydensecrf; and its gradient, 5 steps."""
+    import skimage.data
+    import skimage.transform
+
+    from segedu.crf import PARAMETERS, DenseCRF
+
+    if importlib.util.find_spec("pydensecrf") is None:
+        print("dense CRF: not run, pydensecrf2 is not installed")
+        return
+    rng = torch.Generator().manual_seed(0)
+    photos, threads, ratios = {}, torch.get_num_threads(), []
+    for name in ("astronaut", "chelsea", "coffee"):
+        image = skimage.transform.resize(getattr(skimage.data, name)(), (500, 500), preserve_range=True).round()
+        coarse = 2 * torch.randn(1, 21, 16, 16, generator=rng)
+        logits = F.interpolate(coarse, (500, 500), mode="bilinear")[0] + 0.3 * torch.randn(21, 500, 500, generator=rng)
+        photos[name] = torch.from_numpy(image.astype("uint8")).permute(2, 0, 1), logits
+    print(f"dense CRF, 500 x 500, 21 classes, 10 steps with set-up, {threads} threads")
+    for settings, (name, pair) in itertools.product(PARAMETERS, photos.items()):
+        ours, theirs = (DenseCRF(**PARAMETERS[settings], backend=b) for b in ("lattice", "pydensecrf"))
+        calls = {"segedu": functools.partial(ours, *pair), "pydensecrf": functools.partial(theirs, *pair)}
+        seconds = median_seconds(calls, rounds)
+        ratios.append(seconds["pydensecrf"] / seconds["segedu"])
+        print(
+            f"  {name:<10} {settings:<16} pydensecrf {1000 * seconds['pydensecrf']:6.0f} ms, segedu "
+            f"{1000 * seconds['segedu']:6.0f} ms {ratios[-1]:6.2f} x as fast"
+        )
+    print(f"  median {statistics.median(ratios):.2f} x, least {min(ratios):.2f} x")
+
+    image, logits = photos["astronaut"]
+    for settings in ("pydensecrf", "deeplab-v2", "crf-rnn"):
+        crf = DenseCRF(**PARAMETERS[settings])
+
+        def both(crf: Callable = crf) -> None:
+            crf(image, logits.clone().requires_grad_(), steps=5)[0].sum().backward()
+
+        seconds = median_seconds({"forward": lambda crf=crf: crf(image, logits, steps=5), "both": both}, rounds)
+        print(f"  {settings:<16} forward and backward {seconds['both'] / seconds['forward']:.2f} x forward, 5 steps")
+
+
+def crf_memory() -> None:
+    """Most memory of a dense CRF over what its process had before, each in a process of its own."""
+    code = """
+import resource, sys, torch
+from segedu.crf import PARAMETERS, DenseCRF
+import skimage.data
+backend, settings = sys.argv[1:]
+image, logits = skimage.data.astronaut()[:500, :500], torch.rand(21, 500, 500)
+crf = DenseCRF(**PARAMETERS[settings], backend=backend)
+crf(image[:32, :32], logits[:, :32, :32])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+crf(image, logits, steps=3)
+print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:6.0f} MiB")
+"""
+    print("dense CRF, 500 x 500, 21 classes, memory")
+    for settings, backend in itertools.product(("pydensecrf", "deeplab-v2"), ("lattice", "pydensecrf")):
+        done = subprocess.run([sys.executable, "-c", code, backend, settings], capture_output=True, text=True)
+        print(f"  {settings:<16} {backend:<10} {done.stdout.strip() or done.stderr.splitlines()[-1]}")
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     confusion()
@@ -216,7 +280,10 @@ if __name__ == "__main__":
     unpooling()
     dilated_resnet()
     deeplab_v3()
+    crf()
+    crf_memory()
     torch.set_num_threads(1)
     print("1 thread")
+    crf()
     scores()
     toytown()

@@ -18,18 +18,23 @@ from segedu.crf import exact, lattice
 # What the papers ran. Steps: 10, CRF-as-RNN 5 in training, pydensecrf's example 5. "rows" is what the 2011 C++ of DeepLab
 # and CRF-as-RNN's layer do, "symmetric" the 2013 C++, which pydensecrf wraps.
 PARAMETERS = {
-    "pydensecrf": {"w": 10, "sxy": 80, "srgb": 13, "w_smooth": 3, "sxy_smooth": 3},  # README and examples
-    "deeplab-v1": {"w": 4, "sxy": 121, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # LargeFOV
+    # README and examples
+    "pydensecrf": {"w": 10, "sxy": 80, "srgb": 13, "w_smooth": 3, "sxy_smooth": 3},
+    # LargeFOV and MSc-LargeFOV, as searched on VOC's val
+    "deeplab-v1": {"w": 4, "sxy": 121, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
     "deeplab-v1-msc": {"w": 4, "sxy": 83, "srgb": 5, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
-    "deeplab-release": {"w": 10, "sxy": 60, "srgb": 20, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # its
-    # command line's defaults
-    "deeplab-v2": {"w": 4, "sxy": 67, "srgb": 3, "w_smooth": 3, "sxy_smooth": 1},  # kazuto1011/deeplab-pytorch
-    "deconvnet": {"w": 5, "sxy": 20, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3},  # release, MATLAB wrapper
-    "crf-rnn": {"w": 5, "sxy": 160, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},  # prototxt
+    # the command line's defaults
+    "deeplab-release": {"w": 10, "sxy": 60, "srgb": 20, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
+    # kazuto1011/deeplab-pytorch, all configurations, by pydensecrf
+    "deeplab-v2": {"w": 4, "sxy": 67, "srgb": 3, "w_smooth": 3, "sxy_smooth": 1},
+    # the release's MATLAB wrapper
+    "deconvnet": {"w": 5, "sxy": 20, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3},
+    # prototxt
+    "crf-rnn": {"w": 5, "sxy": 160, "srgb": 3, "w_smooth": 3, "sxy_smooth": 3, "normalization": "rows"},
 }
 BACKENDS = ("lattice", "exact", "pydensecrf")
 MAX_EXACT = 128 * 128  # pixels
-BYTES_LATTICE = 600  # of both kernels, for each pixel
+BYTES_LATTICE = 700  # for each pixel, of both kernels; measured, with 8 numbers for each pixel and class
 _UNITS = {"sxy": "pixels", "srgb": "grey levels of 0 to 255", "sxy_smooth": "pixels"}
 
 
@@ -51,6 +56,9 @@ class DenseCRF:
         backend: "lattice" (any size, with gradients); "exact" (all pairs, with gradients, to 128 x 128 pixels);
             "pydensecrf" (no gradients; needs `pip install pydensecrf2`).
         max_bytes: the most memory to use; left out, 80 % of what is free.
+
+    It shares the work out among torch's threads. Where other programs keep the cores busy these wait for each other, and
+    `torch.set_num_threads(1)` is faster.
 
     The default values are those of pydensecrf's examples; `PARAMETERS` has those of the papers:
     `DenseCRF(**PARAMETERS["crf-rnn"])`. Good values depend on the pictures and the network: search them.
@@ -159,7 +167,7 @@ class DenseCRF:
             raise ValueError(
                 f"{n:,} pixels are too many for a lattice (at most {2**31 // 6:,}); cut the image into tiles"
             )
-        need = n * (BYTES_LATTICE + 6 * classes * unary.element_size())
+        need = n * (BYTES_LATTICE + 8 * classes * unary.element_size())
         have = self.max_bytes if self.max_bytes is not None else 0.8 * _free_bytes(unary.device)
         if self.backend == "lattice" and need > have:
             raise ValueError(
@@ -280,7 +288,9 @@ def _colours(image: Tensor, unary: Tensor) -> Tensor:
             f"a float image must be in [0, 1], got {image.amin().item():.4g} to {image.amax().item():.4g}; give the picture "
             "as it is, with no mean taken off, divided by 255 or as uint8"
         )
-    return image.to(unary) * 255
+    image = image.to(unary) * 255
+    whole = image.round()  # a picture of 8 bits over 255 gives the same as the 8 bits
+    return whole if torch.allclose(image, whole, rtol=0, atol=1e-3) else image
 
 
 def _no_nan(name: str, x: Tensor) -> None:

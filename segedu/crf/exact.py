@@ -47,13 +47,15 @@ def mean_field(unary: Tensor, kernels: Sequence[tuple], steps: int, compatibilit
             with: a matrix (N, N) or a `segedu.crf.lattice.Filter`.
         compatibility: (K, K), what label k pays for a neighbour with label l. Left out: Potts, 1 - I.
     """
-    q = (-unary).softmax(1)
+    logits = -unary
+    q = logits.softmax(1)
     for _ in range(steps):
         messages = [k @ q for _, k in kernels]  # 1 message passing
-        message = sum(w * m for (w, _), m in zip(kernels, messages, strict=True))  # 2 weighting
-        # 3 compatibility. Potts, 1 - I: the sum of a pixel's messages, the same for each label, less its own message.
-        penalty = -message if compatibility is None else message @ compatibility.T
-        q = (-unary - penalty).softmax(1)  # 4 adding the unary, 5 normalising
+        weighted = [w * m for (w, _), m in zip(kernels, messages, strict=True)]  # 2 weighting
+        message = sum(weighted[1:], start=weighted[0])
+        # 3 compatibility. Potts takes off what all other labels sent; up to the pixel's sum that is its own, added.
+        gain = message if compatibility is None else -(message @ compatibility.T)
+        q = (logits + gain).softmax(1)  # 4 adding the unary, 5 normalising
     return q
 
 
@@ -63,7 +65,8 @@ def free_energy(q: Tensor, unary: Tensor, kernels: Sequence[tuple]) -> float:
     The half is there because the energy counts each pair once. pydensecrf's klDivergence leaves it out.
     """
     agreement = sum((w * q * (k @ q)).sum() for w, k in kernels)
-    return (torch.special.xlogy(q, q).sum() + (q * unary).sum() - agreement / 2).item()
+    cost = torch.where(q > 0, q * unary, 0)  # an impossible class, with its infinite unary, costs nothing at q = 0
+    return (torch.special.xlogy(q, q).sum() + cost.sum() - agreement / 2).item()
 
 
 def attention(f: Tensor, q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Kraehenbuehl and Koltun's C++ and pydensecrf filter in the same way, to the last
 Chapter: chapters/08_crf.ipynb
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ def locate(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rank (d + 1, N): the place of each coordinate, 0 for the one that is furthest above the corner. Corner r of the
             simplex is r above it, and d + 1 less in the coordinates of the r last ranks.
         weight (d + 1, N): barycentric coordinates, row r that of corner r. They sum to 1.
+
+    Raises:
+        OverflowError: a feature is so large that its lattice points cannot be told apart.
     """
     d = f.shape[1]
     spread = math.sqrt(2 / 3) * (d + 1)  # the blur of `Lattice` is a Gaussian of standard deviation 1 at this scale
@@ -33,6 +37,8 @@ def locate(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         elevated.append(rest - j * part)
         rest = rest + part
     elevated = torch.stack([rest, *reversed(elevated)])
+    if not elevated.abs().amax() < 1 / torch.finfo(f.dtype).eps:  # from there on not every whole number is a float
+        raise too_far(f)
 
     cell = (elevated * (1 / (d + 1))).round()
     above = elevated - cell * (d + 1)
@@ -54,6 +60,13 @@ def locate(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cell, rank, weight
 
 
+def too_far(f: Tensor) -> OverflowError:
+    return OverflowError(
+        f"the features reach from {f.amin().item():.4g} to {f.amax().item():.4g}, too far to number the lattice points: a "
+        "theta is too small for this image; take a larger one"
+    )
+
+
 class Lattice:
     """Filters values of N points with exp(-|f_i - f_j|^2 / 2), nearly: three sparse steps in place of N^2 pairs.
 
@@ -72,7 +85,7 @@ class Lattice:
             points[starts[v] : starts[v + 1]], with these barycentric coordinates.
 
     Raises:
-        OverflowError: the features reach so far that lattice points cannot be told apart.
+        OverflowError: the features reach too far to number the lattice points.
     """
 
     def __init__(self, f: Tensor) -> None:
@@ -82,12 +95,8 @@ class Lattice:
         # A lattice point becomes a number: its digits are d of its coordinates (the last follows from them), then r.
         low, high = cell[:d].amin(1) - 2, cell[:d].amax(1) + 1  # room for corners and neighbours
         bases = (high - low + 1).double().tolist()
-        largest = torch.maximum(-low, high).max().item() * corners
-        if not (largest < 1 / torch.finfo(f.dtype).eps and math.prod(bases) * corners < 2**62):
-            raise OverflowError(
-                f"the features reach from {f.amin().item():.4g} to {f.amax().item():.4g}, too far to number the lattice "
-                "points: a theta is too small for this image; take a larger one"
-            )
+        if math.prod(bases) * corners >= 2**62:
+            raise too_far(f)
         digits = [corners * math.prod(map(int, bases[i + 1 :])) for i in range(d)] + [0]
         dtype = torch.int32 if math.prod(bases) * corners < 2**31 else torch.int64
         digit = torch.tensor(digits, dtype=dtype, device=device)
@@ -112,7 +121,7 @@ class Lattice:
         # The neighbour along axis j is lower by 1 in each coordinate, then higher by d + 1 in coordinate j. That is
         # remainder r - 1 of the same cell, but from r = 0 it is remainder d of the cell before.
         number = number[starts]
-        step = torch.where(number % corners > 0, -1, d - digit.sum())
+        step = torch.where(number % corners > 0, -1, d - sum(digits)).to(dtype)
         wanted = number + step + digit[:, None]
         lower = torch.searchsorted(number, wanted, out_int32=True).clamp_(max=self.size - 1)
         lower = torch.where(number.gather(0, lower.view(-1).long()).view_as(lower) == wanted, lower, self.size)
@@ -160,15 +169,14 @@ class Filter:
         self.weights = (lattice.weights, lattice.weight * lattice.gain)
         if normalization != "none":
             n = self.apply(ones[:, None])[:, 0]
-            self.scales = {"symmetric": (n.rsqrt(), n.rsqrt()), "rows": (ones, 1 / n)}[normalization]
+            root = n.rsqrt()
+            self.scales = {"symmetric": (root, root), "rows": (ones, 1 / n)}[normalization]
             self.weights = self.scaled(*self.scales)
 
     def scaled(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of splat (N (d + 1),) and slice (N, d + 1) that also scale the values by (N,) before and after."""
-        lattice = self.lattice
-        return lattice.weights * before.index_select(0, lattice.points), lattice.weight * (after * lattice.gain)[
-            :, None
-        ]
+        splat = self.lattice.weights * before.index_select(0, self.lattice.points)
+        return splat, self.lattice.weight * (after * self.lattice.gain)[:, None]
 
     def splat_and_blur(self, values: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
         """(N, C) -> values of the lattice points (M + 1, C), the last of them 0. The next call overwrites them."""
@@ -192,14 +200,19 @@ class Filter:
 
     def apply(self, values: Tensor, transposed: bool = False) -> Tensor:
         """(N, C) -> (N, C), without a gradient."""
-        before, after = reversed(self.scales) if transposed else self.scales
         if values.is_cuda:  # there a sum over many points of one lattice point would be done by one thread
+            before, after = reversed(self.scales) if transposed else self.scales
             return after[:, None] * self.lattice.filter(before[:, None] * values, transposed)
-        splat, slice_ = self.scaled(before, after) if transposed else self.weights
+        splat, slice_ = self.transposed_weights if transposed else self.weights
         table = self.splat_and_blur(values, splat, transposed)
         return weighted_sums(
             table, self.lattice.vertex.view(-1), self.corners, slice_.view(-1), torch.empty_like(values)
         )
+
+    @functools.cached_property
+    def transposed_weights(self) -> tuple[Tensor, Tensor]:
+        before, after = self.scales
+        return self.weights if before is after else self.scaled(after, before)
 
     def __matmul__(self, values: Tensor) -> Tensor:
         return _Apply.apply(values, self, False)

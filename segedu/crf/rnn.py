@@ -64,7 +64,7 @@ class CRFasRNN(nn.Module):
         return torch.stack([self.refine(*pair, steps) for pair in zip(logits, filters, strict=True)])
 
     def refine(self, logits: Tensor, filters: Sequence[Filter], steps: int) -> Tensor:
-        """One picture: logits (K, H, W) -> logits (K, H, W), the state before the last softmax."""
+        """One picture: logits (K, H, W) -> log of the marginals (K, H, W)."""
         unary = -logits.flatten(1).T.contiguous()
         kernels = list(zip((self.smooth, self.bilateral), filters, strict=True))
         q = exact.mean_field(unary, kernels, steps, self.compatibility)
