@@ -18,7 +18,7 @@ from address import address, setup_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONHASHSEED": "0",
     "SOURCE_DATE_EPOCH": "0",
