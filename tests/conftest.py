@@ -1,4 +1,4 @@
-"""Fixtures for the built book: `book` (its folder), `serve` (its address), `browser` (a headless Chromium)."""
+"""Fixtures for the built book: `book` (its folder), `serve` (its address), `browser` (a headless Chromium); `shaken`."""
 
 import functools
 import http.server
@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -25,6 +26,15 @@ FLAGS = [
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: opens a browser, builds the book or trains; not in `make check`")
+
+
+def shaken(net):
+    """Batch norm with statistics of its own, as after training; evaluation mode."""
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(std=0.2)
+            part.running_var.uniform_(0.5, 2)
+    return net.eval()
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from conftest import shaken
 from torch import nn
 
 import segedu as sg
@@ -17,15 +18,6 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def shaken(net):
-    """Batch norm with statistics of its own, as after training; evaluation mode."""
-    for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.normal_()
-            part.running_var.uniform_(0.5, 2)
-    return net.eval()
 
 
 def error(a, b):

@@ -7,8 +7,7 @@ import torchvision
 from torch import nn
 
 import segedu as sg
-from segedu.layers import coarse_loss, freeze
-from segedu.models.deeplab_v1 import enlarged
+from segedu.layers import coarse_loss, enlarged, freeze
 
 
 def count(model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import shaken
 from torch import nn
 
 import segedu as sg
@@ -20,15 +21,6 @@ R14 = {"depth": 14, "width": 1 / 8}
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def shaken(net):
-    """Batch norm with statistics of its own, as after training; evaluation mode."""
-    for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.normal_(std=0.2)
-            part.running_var.uniform_(0.5, 2)
-    return net.eval()
 
 
 @pytest.mark.parametrize(

@@ -304,10 +304,10 @@ def with_smoothing(model: nn.Module, seed: int) -> nn.Module:
 class WithLearnedCRF(nn.Module):
     """FCN-8s and CRF as RNN. `crf` starts from the parameters that were searched for the FCN-8s of this seed."""
 
-    def __init__(self, num_classes: int, *, found: dict | None = None) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.model = sg.FCN(num_classes, stride=8, **SMALL)
-        self.crf = CRFasRNN(num_classes, **(found or {}))
+        self.crf = CRFasRNN(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.crf(images, self.model(images))

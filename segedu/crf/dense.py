@@ -139,7 +139,7 @@ class DenseCRF:
                     (w, lattice.Filter(exact.features(colours, *theta), self.normalization)) for w, *theta in kernels
                 ]
                 learned = unary.requires_grad or (compatibility is not None and compatibility.requires_grad)
-                plain = unary.is_cuda or (learned and torch.is_grad_enabled())
+                plain = unary.device.type != "cpu" or (learned and torch.is_grad_enabled())
                 q = (exact if plain else lattice).mean_field(unary, built, steps, compatibility)
         return q.T.reshape(classes, height, width)
 

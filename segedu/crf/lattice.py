@@ -200,7 +200,7 @@ class Filter:
 
     def apply(self, values: Tensor, transposed: bool = False) -> Tensor:
         """(N, C) -> (N, C), without a gradient."""
-        if values.is_cuda:  # there a sum over many points of one lattice point would be done by one thread
+        if values.device.type != "cpu":  # on a GPU one thread would sum all points of a lattice point
             before, after = reversed(self.scales) if transposed else self.scales
             return after[:, None] * self.lattice.filter(before[:, None] * values, transposed)
         splat, slice_ = self.transposed_weights if transposed else self.weights
