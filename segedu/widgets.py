@@ -550,16 +550,18 @@ def crf_playground() -> Figure:
     mean field in numbers. The page computes what `segedu.crf.exact` computes. Opens before the first step.
     """
     from segedu import plots
+    from segedu.crf import DenseCRF
 
     image, unary, target = _astronaut()
     rows, cols = target.shape
+    keys = "w", "sxy", "srgb", "w_smooth", "sxy_smooth"
+    settings = {name: dict(zip(keys, values, strict=True)) for name, (values, _) in CRF_SETTINGS.items()}
     shown = {}
     for name in "No CRF", "Place only, short range", "Colour and place":
-        labels = _crf(image, unary, CRF_SETTINGS[name][0], steps=10).argmax(0)
+        labels = DenseCRF(**settings[name], backend="exact")(image / 255, unary=unary).argmax(0)
         title = "network (drawn)" if name == "No CRF" else name.replace(", ", ",\n")
         shown[title] = labels, int((labels != target).sum())
     network, short, full = (wrong for _, wrong in shown.values())
-    keys = "w", "sxy", "srgb", "w_smooth", "sxy_smooth"
     state = {
         "title": "Dense-CRF playground",
         "lead": f"A fully connected CRF on a photo of {cols} × {rows} pixels. What a coarse network would say is drawn by hand: "
@@ -576,10 +578,7 @@ def crf_playground() -> Figure:
         "network": _runs(unary.argmin(0)),
         "p": CRF_CONFIDENCE,
         "target": _runs(target),
-        "presets": [
-            {"name": name, "set": dict(zip(keys, values, strict=True)), "note": note}
-            for name, (values, note) in CRF_SETTINGS.items()
-        ],
+        "presets": [{"name": name, "set": settings[name], "note": note} for name, (_, note) in CRF_SETTINGS.items()],
         "pixel": [11, 10],
     }
     panels = {f"{title}\n{wrong} px wrong": labels for title, (labels, wrong) in shown.items()}
@@ -604,18 +603,6 @@ def _astronaut() -> tuple[Tensor, Tensor, Tensor]:
     network = network.repeat_interleave(6, 0).repeat_interleave(6, 1)
     sure = nn.functional.one_hot(network, 3).permute(2, 0, 1).bool()
     return image, -torch.where(sure, CRF_CONFIDENCE, (1 - CRF_CONFIDENCE) / 2).log(), target
-
-
-def _crf(image: Tensor, unary: Tensor, settings: Sequence[float], steps: int) -> Tensor:
-    """Exact mean field as in the playground: Q (K, H, W)."""
-    from segedu.crf import exact
-
-    w, sxy, srgb, w_smooth, sxy_smooth = settings
-    kernels = [
-        (w, exact.kernel(exact.features(image, sxy, srgb))),
-        (w_smooth, exact.kernel(exact.features(image, sxy_smooth))),
-    ]
-    return exact.mean_field(unary.flatten(1).T, kernels, steps).T.view_as(unary)
 
 
 # name: stride it is made for, rates of the 3x3 branches, 1x1, image pooling, what it is

@@ -13,6 +13,7 @@ from PIL import Image
 
 import segedu as sg
 from segedu import widgets
+from segedu.crf import DenseCRF
 from segedu.models.deeplab_v3 import default_rates, valid_weights
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -143,8 +144,8 @@ def test_playground_sharpens_only_with_colour_and_is_small():
     assert (lone == 2).all() and (target[6:12, 36:] == 0).all()
 
     wrong, kept = {}, {}
-    for name, (settings, _) in widgets.CRF_SETTINGS.items():
-        labels = widgets._crf(image, unary, settings, steps=10).argmax(0)
+    for preset in state["presets"]:
+        name, labels = preset["name"], DenseCRF(**preset["set"], backend="exact")(image / 255, unary=unary).argmax(0)
         wrong[name], kept[name] = int((labels != target).sum()), int((labels[6:12, 36:] == 2).sum())
     assert wrong["No CRF"] == 302 and kept["No CRF"] == 36
     assert wrong["Colour and place"] < 50 and kept["Colour and place"] == 0
