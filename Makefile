@@ -34,7 +34,7 @@ ifneq ($(SERVE),0)
 endif
 
 test: .venv/ready chromium ## all tests, then every cell of every chapter
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= SEGEDU_SCALE=mini $(PY) -m pytest chapters -n 2 --dist loadfile \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segedu.receptive import Field, hooked, meta_image, receptive_fields, run_on_meta
+from segedu.receptive import Field, hooked, main_output, meta_image, receptive_fields, run_on_meta
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def summary(model: nn.Module, image_size: tuple[int, int]) -> Ledger:
     Works on any device, the meta device too, and does no arithmetic. Learnable parameters only: frozen ones and buffers
     are not counted. Multiply-adds are those of convolutions and matrix products, half of what torch's FlopCounterMode
     counts, which takes a multiplication and an addition for two. A box that runs several times is listed at its first
-    place, with the output of its last run and the multiply-adds of all.
+    place, with the output of its last run and the multiply-adds of all. Of a trunk that gives a list of maps the last counts.
     """
     boxes = dict(_boxes(model))
     sizes: dict[str, tuple[int, ...]] = {}
@@ -128,8 +128,7 @@ def summary(model: nn.Module, image_size: tuple[int, int]) -> Ledger:
         before[name] = counter.get_total_flops()
 
     def end(name: str, output: Any) -> None:
-        output = output if isinstance(output, Tensor) else output[0]
-        sizes[name] = tuple(output.shape[1:])
+        sizes[name] = tuple(main_output(output).shape[1:])
         macs[name] += (counter.get_total_flops() - before[name]) // 2
 
     handles = [box.register_forward_pre_hook(partial(start, name)) for name, box in boxes.items()]

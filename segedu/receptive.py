@@ -104,7 +104,7 @@ def effective_field(model: nn.Module, name: str, image: Tensor) -> Tensor:
         raise ValueError(f"image must be one image (3, H, W), got shape {tuple(image.shape)}")
     image = image.detach().clone().requires_grad_()
     outputs: list[Tensor] = []
-    keep = {name: lambda output: outputs.append(_tensors(output)[0])}
+    keep = {name: lambda output: outputs.append(main_output(output))}
     with hooked(model, keep), evaluating(model), torch.enable_grad():
         model(image)
     if not outputs or outputs[-1].dim() != 4:
@@ -206,7 +206,7 @@ def _spans(model: nn.Module, names: Iterable[str], image_size: tuple[int, int]) 
     found = {}
 
     def keep(name: str, output: Any) -> None:
-        output = _tensors(output)[0]
+        output = main_output(output)
         if output.dim() == 4 and hasattr(output, "_spans"):
             found[name] = [_stretched(span, n) for span, n in zip(output._spans, output.shape[-2:], strict=True)]
 
@@ -388,3 +388,8 @@ def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     return [tensor for branch in tree for tensor in _tensors(branch)] if isinstance(tree, list | tuple) else []
+
+
+def main_output(output: Any) -> Tensor:
+    """What a module is measured by: its tensor, the last of a list (a trunk's maps), the first of a tuple (a pool's values)."""
+    return _tensors(output)[-1 if isinstance(output, list) else 0]

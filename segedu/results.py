@@ -23,6 +23,27 @@ def load(chapter: str | None = None, **match: object) -> list[dict]:
     return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
 
 
+def seeds(chapter: str, name: str, data: str = "toytown", scale: str = "mini") -> list[dict]:
+    """The runs of one setting, by seed: `seeds("02_fcn", "fcn8s")`. An empty list where it was not run."""
+    runs = load(chapter, data=data, scale=scale)
+    return [run for run in runs if run["name"] == f"{name}-{data}-{scale}-seed{run['seed']}"]
+
+
+def gaps(runs: Sequence[dict], others: Sequence[dict], path: str = "scores.miou") -> list[float]:
+    """By how much `runs` are above `others`, for each seed that both have. `path` is that of `value`."""
+    theirs = {run["seed"]: value(run, path) for run in others}
+    return [value(run, path) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+
+
+def verdict(runs: Sequence[dict], others: Sequence[dict], path: str = "scores.miou") -> str:
+    """`gaps` in words: "ahead at 2 of 3 seeds, +0.013 ± 0.020"; "not run" where no seed has both."""
+    found = gaps(runs, others, path)
+    if not found:
+        return "not run"
+    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    return f"ahead at {sum(gap > 0 for gap in found)} of {len(found)} seeds, {statistics.fmean(found):+.3f}{spread}"
+
+
 def value(run: dict, path: str) -> float:
     """A number inside a run: `value(run, "scores.by_size.small")`. nan where the run has None."""
     found = reduce(lambda part, key: part[key], path.split("."), run)

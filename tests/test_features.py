@@ -7,6 +7,7 @@ from torchvision.models import vgg16
 
 from segedu.features import record, summary
 from segedu.layers import normalize
+from segedu.models.deeplab_v3 import DeepLabV3
 from segedu.models.fcn import FCN
 
 
@@ -78,6 +79,12 @@ def test_ledger_of_vgg16_agrees_with_its_known_cost():
         ("classifier", (1000,)),
     ]
     assert ledger.rows[0].field == (212, 32, 15.5)
+
+
+def test_a_trunk_counts_by_its_last_map():
+    with torch.device("meta"):
+        row = summary(DeepLabV3(21, output_stride=16), (513, 513)).rows[0]
+    assert row.name == "backbone" and row.size == (2048, 33, 33) and row.field.stride == 16
 
 
 class Net(nn.Module):

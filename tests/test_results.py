@@ -62,3 +62,19 @@ def test_table_by_hand():
                           ["none", "1", "-"]]  # fmt: skip
     assert str(table).splitlines()[0].split() == ["setting", "runs", "b"]
     assert table._repr_html_().count('<th scope="row">') == 4
+
+
+def test_seeds_of_one_setting():
+    runs = results.seeds("02_fcn", "fcn8s")
+    assert [run["seed"] for run in runs] == [0, 1, 2] and {run["arguments"]["stride"] for run in runs} == {8}
+    assert results.seeds("02_fcn", "fcn") == []
+
+
+def test_verdict_by_hand():
+    ours, theirs = ([{"seed": s, "scores": {"miou": v}} for s, v in pairs] for pairs in (
+        [(0, 0.5), (1, 0.4), (2, 0.3), (3, 0.9)], [(2, 0.2), (1, 0.5), (0, 0.2)],
+    ))  # fmt: skip
+    assert results.gaps(ours, theirs) == pytest.approx([0.3, -0.1, 0.1])
+    assert results.verdict(ours, theirs) == "ahead at 2 of 3 seeds, +0.100 ± 0.200"
+    assert results.verdict(ours[:1], theirs) == "ahead at 1 of 1 seeds, +0.300"
+    assert results.verdict(ours[3:], theirs) == "not run"
