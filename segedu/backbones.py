@@ -44,7 +44,7 @@ def he_init(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier: 7x7 convolution, 3x3 pool, four stages of bottlenecks. Output stride 32.
+    """ResNet without its classifier: a stem, 3x3 pool, four stages of bottlenecks. Output stride 32.
 
     Shape: normalised images (N, 3, H, W) -> maps of layer1 to layer4, strides 4, 8, 16, 32 and 256, 512, 1024, 2048
     channels. Names are those of torchvision, and so are the weights.
@@ -53,21 +53,34 @@ class ResNet(nn.Module):
         depth: 50, 101 or 152; 14 for a laptop, one bottleneck a stage.
         stride_on: which convolution of a stage's first bottleneck has the stride: "3x3" as torchvision, "1x1" as in the
             paper and Caffe.
+        stem: "7x7", one convolution to 64 channels, or "deep", three 3x3 to 64, 64 and 128, as PSPNet's releases have it.
         width: channel counts as a multiple of the paper's.
 
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1 and Fig. 5.
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1 and Fig. 5. Deep stem:
+    hszhao/semseg, model/resnet.py.
     """
 
-    def __init__(self, depth: int = 50, *, stride_on: str = "3x3", width: float = 1.0) -> None:
+    def __init__(self, depth: int = 50, *, stride_on: str = "3x3", stem: str = "7x7", width: float = 1.0) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth}")
         if stride_on not in ("3x3", "1x1"):
             raise ValueError(f'stride_on must be "3x3" (torchvision) or "1x1" (Caffe), got {stride_on!r}')
-        self.depth, self.stride_on = depth, stride_on
+        if stem not in ("7x7", "deep"):
+            raise ValueError(f'stem must be "7x7" (torchvision) or "deep" (three 3x3), got {stem!r}')
+        self.depth, self.stride_on, self.stem = depth, stride_on, stem
         c, *inner = scale((64, 64, 128, 256, 512), width)
-        self.conv1 = nn.Conv2d(3, c, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
+        if stem == "7x7":
+            self.conv1 = nn.Conv2d(3, c, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(c)
+        else:
+            self.conv1 = nn.Conv2d(3, c, 3, stride=2, padding=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(c)
+            self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(c)
+            self.conv3 = nn.Conv2d(c, inner[1], 3, padding=1, bias=False)
+            self.bn3 = nn.BatchNorm2d(inner[1])
+            c = inner[1]
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         stages = []
         for middle, blocks, stride in zip(inner, BLOCKS[depth], (1, 2, 2, 2), strict=True):
@@ -80,7 +93,11 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        if self.stem == "deep":
+            x = F.relu(self.bn2(self.conv2(x)))
+            x = F.relu(self.bn3(self.conv3(x)))
+        x = self.maxpool(x)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
@@ -398,6 +415,11 @@ def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], what: str) -
 def _load_resnet(resnet: ResNet, state_dict: Mapping[str, Tensor] | None) -> None:
     if resnet.stride_on != "3x3":
         raise ValueError('torchvision\'s ResNets have the stride on the 3x3; build the model with stride_on="3x3"')
+    if resnet.stem != "7x7":
+        raise ValueError(
+            'torchvision\'s ResNets have a stem of one 7x7; build the model with stem="7x7". The weights of the deep stem '
+            "are hszhao/semseg's own: load them by resnet.load_state_dict"
+        )
     if state_dict is None:
         import torchvision
 

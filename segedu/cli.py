@@ -17,20 +17,25 @@ from segedu.checkpoint import load_checkpoint, read_checkpoint
 from segedu.data import CamVid, Toytown
 from segedu.data.camvid import data_root
 from segedu.layers import coarse_loss, freeze_batch_norm
+from segedu.models.autodeeplab import AutoDeepLab
 from segedu.models.deeplab_v1 import DeepLabV1
 from segedu.models.deeplab_v2 import DeepLabV2, MultiScale, multiscale_loss
 from segedu.models.deeplab_v3 import DeepLabV3, first_phase
 from segedu.models.deeplab_v3plus import DeepLabV3Plus
 from segedu.models.dilation import Dilation
 from segedu.models.fcn import FCN, sum_loss
+from segedu.models.gcn import GCN
+from segedu.models.pspnet import PSPNet, auxiliary_loss
+from segedu.models.refinenet import RefineNet, quarter_loss
 from segedu.models.segnet import SegNet, SegNetBasic, balanced_loss, median_frequency
 from segedu.models.unet import UNet
 from segedu.training import Loss, as_image, evaluate, fit, pixel_loss, predict
 
 MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasic, "dilation": Dilation,
           "deeplab-v1": DeepLabV1, "deeplab-v2": DeepLabV2, "deeplab-v3": DeepLabV3,
-          "deeplab-v3plus": DeepLabV3Plus}  # fmt: skip
-PRETRAINED = ("fcn", "segnet", "dilation", "deeplab-v1", "deeplab-v2", "deeplab-v3", "deeplab-v3plus")
+          "deeplab-v3plus": DeepLabV3Plus, "pspnet": PSPNet, "gcn": GCN, "refinenet": RefineNet,
+          "autodeeplab": AutoDeepLab}  # fmt: skip
+PRETRAINED = ("fcn", "refinenet", "pspnet", "gcn", "segnet", "dilation", "deeplab-v1", "deeplab-v2", "deeplab-v3", "deeplab-v3plus")
 DATA = {"toytown": Toytown, "camvid": CamVid}
 SMALL = {  # the others: width 1/8
     "fcn": {"stride": 8, "pad": 1, "width": 1 / 8},
@@ -40,8 +45,15 @@ SMALL = {  # the others: width 1/8
     "deeplab-v2": {"backbone": "vgg16", "rates": (2, 4, 6, 8), "width": 1 / 8},
     "deeplab-v3": {"depth": 14, "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4},
     "deeplab-v3plus": {"backbone": "resnet14", "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4},
+    "pspnet": {"depth": 14, "stem": "7x7", "width": 1 / 4},
+    "gcn": {"depth": 14, "k": 7, "width": 1 / 4},
+    "refinenet": {"depth": 14, "width": 1 / 8},
+    "autodeeplab": {"filters": 8, "rates": (2, 4, 6), "width": 1 / 8},
 }
-STANDARD = {"deeplab-v2": {"stride_on": "3x3"}}  # for torchvision's ImageNet weights; the others: as published
+STANDARD = {  # for torchvision's ImageNet weights; the others: as published
+    "deeplab-v2": {"stride_on": "3x3"},
+    "pspnet": {"stem": "7x7"},
+}
 PAPER = {
     "fcn": ({"stride": 8, "at_once": True}, recipes.FCN_8S_AT_ONCE),
     "unet": ({}, recipes.UNET),
@@ -52,6 +64,10 @@ PAPER = {
     "deeplab-v2": ({"stride_on": "3x3"}, recipes.DEEPLAB_V2),
     "deeplab-v3": ({}, recipes.DEEPLAB_V3),
     "deeplab-v3plus": ({}, replace(recipes.DEEPLAB_V3PLUS, weight_decay=1e-4)),
+    "pspnet": ({"stem": "7x7", "auxiliary": True}, recipes.PSPNET),
+    "gcn": ({}, recipes.GCN),
+    "refinenet": ({}, recipes.REFINENET),
+    "autodeeplab": ({"drop_path": 0.2, "drop_steps": recipes.AUTO_DEEPLAB.steps}, recipes.AUTO_DEEPLAB),
 }
 
 
@@ -66,7 +82,7 @@ def setting(model: str, data: str, scale: str) -> tuple[dict, recipes.Recipe, bo
 
 def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
     """The papers' own losses at their own scale, else the plain one. U-Net's is for cells, not for streets."""
-    if scale != "paper" or model in ("unet", "deeplab-v3", "deeplab-v3plus"):
+    if scale != "paper" or model in ("unet", "gcn", "deeplab-v3", "deeplab-v3plus", "autodeeplab"):
         return pixel_loss
     if model == "fcn":
         return sum_loss
@@ -74,6 +90,10 @@ def loss_of(model: str, scale: str, pictures: Dataset) -> Loss:
         return coarse_loss
     if model == "deeplab-v2":
         return lambda net, images, target: multiscale_loss(MultiScale(net), images, target)
+    if model == "pspnet":
+        return auxiliary_loss()
+    if model == "refinenet":
+        return quarter_loss
     return balanced_loss(median_frequency(pictures, len(pictures.classes)))
 
 
@@ -94,7 +114,7 @@ def train(args: argparse.Namespace) -> None:
     model = build(about)
     if pretrained and not path.exists():
         load_imagenet(model)
-    if args.scale == "paper" and args.model == "deeplab-v2":
+    if args.scale == "paper" and args.model in ("deeplab-v2", "refinenet"):
         freeze_batch_norm(model)
     elif args.scale == "paper" and args.model in ("deeplab-v3", "deeplab-v3plus"):
         first_phase(model)

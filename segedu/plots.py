@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from segedu.metrics import VOID
 from segedu.receptive import Field
@@ -164,6 +165,30 @@ def layers(pictures: Sequence[Tensor], titles: Sequence[str]) -> Figure:
 
 
 @_styled
+def bins(image: Tensor, levels: Sequence[int] = (1, 2, 3, 6)) -> Figure:
+    """The bins of pyramid pooling over a picture (3, H, W) in [0, 1], one column for each level, and their mean colours.
+
+    Args:
+        levels: bins a side; the borders are those of `AdaptiveAvgPool2d`.
+    """
+    height, width = image.shape[1:]
+    figure, axes = _grid(2 * len(levels), height / width, columns=len(levels))
+    for i, level in enumerate(levels):
+        over, means = axes[i], axes[len(levels) + i]
+        over.imshow(_pixels(image), extent=(0, width, height, 0))
+        cuts = [(k * side // level, -(-(k + 1) * side // level)) for side in (height, width) for k in range(level)]
+        for top, bottom in cuts[:level]:
+            for left, right in cuts[level:]:
+                for colour, line in ("black", 2.2), ("white", 0.8):
+                    over.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=line))
+        over.set_title(f"{level} × {level}")
+        pooled = adaptive_avg_pool2d(image[None], level)[0]
+        means.imshow(_pixels(pooled), extent=(0, width, height, 0), interpolation="nearest")
+        means.set_title("mean colours" if level > 1 else "mean colour")
+    return figure
+
+
+@_styled
 def field(image: Tensor, field: Field, effective: Tensor, cell: tuple[int, int]) -> Figure:
     """The theoretical field of one cell as a box and its effective field as a heat map, over the picture.
 
@@ -223,6 +248,30 @@ def lattice(corners: Tensor, splat: Tensor, blurred: Tensor, read: Tensor, reach
             figure.axes[0].annotate(
                 f"{value:.2f}", at, (26, 0), textcoords="offset points", ha="center", va="center", fontsize=9
             )
+    return figure
+
+
+@_styled
+def trellis(steps: Tensor, path: Sequence[int]) -> Figure:
+    """The trellis of Auto-DeepLab with a path through it; steps the wider the more probable.
+
+    Args:
+        steps: (L, 4, 3), as `autodeeplab.transitions`.
+        path: the level of each layer.
+    """
+    steps = _array(steps)
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    ax = figure.add_subplot(xlabel="layer", ylabel="stride")
+    for layer, level, way in np.argwhere(steps > 0):
+        share = steps[layer, level, way]
+        ends = (layer, layer + 1), (level, level + way - 1)
+        ax.plot(*ends, color=COLOURS[0], lw=0.6 + 7 * share, alpha=0.12 + 0.88 * share, solid_capstyle="round")
+    ax.plot(range(len(path) + 1), [0, *path], color=COLOURS[1], lw=3, marker="o", ms=9, mec="black", zorder=3)
+    nodes = [(layer, level) for layer in range(len(path) + 1) for level in range(min(layer, 3) + 1)]
+    ax.plot(*zip(*nodes, strict=True), "o", color="white", mec="black", ms=6, zorder=2.5)
+    ax.set_xticks(range(len(path) + 1), ["stem", *range(1, len(path) + 1)])
+    ax.set_yticks(range(4), [4, 8, 16, 32])
+    ax.invert_yaxis()
     return figure
 
 

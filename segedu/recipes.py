@@ -1,5 +1,6 @@
 """Training recipes: frozen values, each with its source. A variant is `dataclasses.replace(recipe, lr=...)`."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -19,9 +20,11 @@ class Recipe:
     weight_decay: float = 0.0
     bias_lr: float = 1.0                    # biases learn at lr * bias_lr, and without decay (Caffe's lr_mult: 2)
     score_lr: float = 1.0                   # score layers learn at lr * score_lr (DeepLab: 10 for fc8)
+    new_lr: float = 1.0                     # all but the backbone learns at lr * new_lr (PSPNet: 10)
     warmup: int = 0                         # steps of linear rise
     power: float = 0.0                      # lr * (1 - step / steps) ** power; 0 keeps it constant
     drop_every: int = 0                     # steps after which lr falls to a tenth, again and again; 0: never
+    least: float = 0.0                      # lr at the end of half a cosine (Auto-DeepLab's search); 0: no cosine
     crop: tuple[int, int] | None = None     # (height, width) in pixels; None: the whole picture
     scale: tuple[float, float] = (1.0, 1.0)  # random resizing, lowest and highest factor
     flip: bool = False                      # mirror half of the pictures
@@ -44,7 +47,8 @@ class Recipe:
         """Learning rate of update `step`, counted from 0."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         drops = step // self.drop_every if self.drop_every else 0
-        return self.lr * rise * (1 - step / self.steps) ** self.power * 0.1**drops
+        lr = self.least + (self.lr - self.least) * (1 + math.cos(math.pi * step / self.steps)) / 2 if self.least else self.lr
+        return lr * rise * (1 - step / self.steps) ** self.power * 0.1**drops
 
 
 MINI = Recipe(steps=300, batch=8, lr=4e-3, optimizer="adamw", weight_decay=1e-4, warmup=20, power=0.9, flip=True,
@@ -107,6 +111,25 @@ DEEPLAB_V3_TRAINVAL = Recipe(steps=30_000, batch=16, lr=1e-3, weight_decay=1e-4,
 DEEPLAB_V3PLUS = Recipe(steps=30_000, batch=16, lr=7e-3, weight_decay=4e-5, power=0.9, crop=(513, 513), scale=(0.5, 2.0),
                         flip=True, source="DeepLab v3+, Sec. 4: as v3; weight decay of the release for Xception, with ResNet "
                                           "1e-4")  # fmt: skip
+PSPNET = Recipe(steps=30_000, batch=16, lr=1e-2, weight_decay=1e-4, new_lr=10.0, power=0.9, crop=(473, 473),
+                scale=(0.5, 2.0), flip=True,
+                source="PSPNet, Sec. 5.1 (VOC2012); new_lr and crop of the release, hszhao/semseg; with "
+                       "pspnet.auxiliary_loss, from ImageNet weights. There also rotation by 10 degrees and blur, and batch "
+                       "norm over all processes")  # fmt: skip
+AUTO_DEEPLAB_SEARCH = Recipe(steps=29_760, batch=2, lr=0.025, least=0.001, weight_decay=3e-4, crop=(321, 321), flip=True,
+                             source="Auto-DeepLab, Sec. 4.1: 40 epochs of 1,488 pictures, half of Cityscapes' train, at half "
+                                    "resolution; with search.search, whose lr and start are the paper's")  # fmt: skip
+AUTO_DEEPLAB = Recipe(steps=1_500_000, batch=16, lr=0.05, weight_decay=4e-5, power=0.9, crop=(769, 769), scale=(0.5, 2.0),
+                      flip=True, source="Auto-DeepLab, Sec. 5.1 (Cityscapes), from scratch, with drop_path=0.2; batch, decay "
+                                        "and scales are DeepLab v3+'s")  # fmt: skip
+GCN = Recipe(steps=30_000, batch=1, lr=1e-4, momentum=0.99, weight_decay=5e-4, crop=(512, 512), flip=True,
+             source="Large Kernel Matters, Sec. 4: batch 1, momentum 0.99, pictures of 512, from ImageNet weights; before that a "
+                    "stage with COCO, of 640. Steps and lr are ours, they are not known")  # fmt: skip
+REFINENET = Recipe(steps=150_000, batch=1, lr=5e-5, weight_decay=5e-4, new_lr=10.0, drop_every=60_000, crop=(400, 400),
+                   scale=(0.7, 1.3), flip=True,
+                   source="RefineNet release, demo_refinenet_train.m; with refinenet.quarter_loss, batch norm frozen, from "
+                          "ImageNet weights. There lr falls by hand when val stalls, crops are drawn by class and enlarged "
+                          "by 1.2; steps are ours")  # fmt: skip
 
 
 def current_scale() -> str:

@@ -272,14 +272,17 @@ def _check(model: nn.Module, data: Dataset, recipe: Recipe | None = None, world:
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = [
-        {"params": [], "factor": score * bias, "weight_decay": decay}
+        {"params": [], "factor": new * score * bias, "weight_decay": decay}
+        for new in (1.0, recipe.new_lr)
         for score in (1.0, recipe.score_lr)
         for bias, decay in ((1.0, recipe.weight_decay), (recipe.bias_lr, 0.0))
     ]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            score = recipe.score_lr != 1.0 and any(part.startswith("score") for part in name.split("."))
-            groups[2 * score + name.endswith("bias")]["params"].append(p)
+            parts = name.split(".")
+            new = recipe.new_lr != 1.0 and "backbone" not in parts
+            score = recipe.score_lr != 1.0 and any(part.startswith("score") for part in parts)
+            groups[4 * new + 2 * score + name.endswith("bias")]["params"].append(p)
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr)

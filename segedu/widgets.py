@@ -29,7 +29,8 @@ class Figure:
     """The figure `name` of segedu.js with the data it shows.
 
     Args:
-        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground" or "aspp-lab".
+        name: "metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground", "aspp-lab",
+            "pyramid-lab" or "trellis".
         state: what segedu.js needs for it, ready for JSON.
         still: PNG bytes of the picture that stands in its place without JavaScript and in print.
         alt: the still in words.
@@ -699,6 +700,194 @@ def aspp_lab() -> Figure:
         "middle, and at 65 the kernel is a 1 × 1."
     )
     return Figure("aspp-lab", state, still._repr_png_(), alt)
+
+
+# name: bins a side of the levels, what it is
+PYRAMIDS = {
+    "PSPNet: 1, 2, 3, 6": ((1, 2, 3, 6), "The pyramid of the paper: 1 + 4 + 9 + 36 = 50 means."),
+    "Global: 1": ((1,), "One mean of the whole map, which is the same for every cell."),
+    "Fine only: 6": ((6,), "36 means and none of a wider area."),
+    "1 to 8": (tuple(range(1, 9)), "More levels, and fewer channels for each."),
+}
+PYRAMID_SCENES = ("val", 45, (60, 70)), ("test", 112)  # a boat, one of its pixels; a road at the same place
+
+
+def pyramid_lab() -> Figure:
+    """Choose a map and the levels of a pyramid and see the bins, their means, and what one cell is given of them.
+
+    The same hull, pixel for pixel, lies on water and on a road: a switch shows in which levels the two differ. The page
+    computes what `AdaptiveAvgPool2d` and `interpolate(mode="bilinear", align_corners=True)` compute, of colours and of
+    what the labels say. Opens on the pyramid of PSPNet and its map for 473 x 473 pixels.
+    """
+    from segedu import plots
+
+    (water, on_water), (road, on_road) = _same_hull()
+    maps = {"473 px": (60, 60, 473, 473), "713 px": (90, 90, 713, 713), "513 px": (65, 65, 513, 513),
+            "Toytown": (13, 17, 97, 129), "Toytown, unpadded": (12, 16, 96, 128)}  # fmt: skip
+    rows, cols = on_water.shape
+    state = {
+        "title": "Pyramid lab",
+        "lead": "PSPNet cuts its last map into bins, takes the mean of each, and gives every cell the means of its "
+        "surroundings at several sizes. The same hull lies on water and on a road. Predict first: on the hull, which level "
+        "differs most between the two pictures, the coarse ones or the fine?",
+        "rows": rows,
+        "cols": cols,
+        "left": 15,  # of the square part
+        "names": ["hull on water", "hull on road"],
+        "scenes": [
+            {
+                "rgb": base64.b64encode((image * 255).round().byte().permute(1, 2, 0).numpy().tobytes()).decode(),
+                "labels": _runs(target),
+            }
+            for image, target in ((water, on_water), (road, on_road))
+        ],
+        "maps": [
+            {"text": f"{down} × {across}: {name}", "rows": down, "cols": across, "height": height, "width": width}
+            for name, (down, across, height, width) in maps.items()
+        ],
+        "presets": [{"name": name, "bins": bins, "note": note} for name, (bins, note) in PYRAMIDS.items()],
+        "map": 0,
+        "cell": [41, 30],
+    }
+    still = plots.bins(water, PYRAMIDS["PSPNet: 1, 2, 3, 6"][0])
+    alt = (
+        "A picture of a boat on a river, cut into 1, 4, 9 and 36 bins, and the mean colour of each bin: one grey for the "
+        "whole picture, then blocks in which sky, houses and water begin to show."
+    )
+    return Figure("pyramid-lab", state, still._repr_png_(), alt)
+
+
+def _same_hull() -> list[tuple[Tensor, Tensor]]:
+    """Two Toytown pictures (3, 96, 128) with the same hull at the same place, and labels: 1 water, 2 road, else 0."""
+    from scipy import ndimage
+
+    from segedu.data.toytown import ROAD, WATER, Toytown
+
+    (split, index, at), (other, on_road) = PYRAMID_SCENES
+    boats = Toytown(split)
+    parts, _ = ndimage.label(boats.hulls(index).numpy())
+    hull = torch.from_numpy(parts == parts[at])
+    scenes = [boats[index], Toytown(other)[on_road]]
+    return [
+        (image.where(~hull, scenes[0][0]), ((target == WATER) + 2 * (target == ROAD)).masked_fill(hull, 0))
+        for image, target in scenes
+    ]
+
+
+MOMENTS = 60  # of a search are kept, evenly spaced
+
+
+def trellis(
+    history: Tensor | None = None, path: Sequence[int] | None = None, steps: Sequence[int] | None = None
+) -> Figure:
+    """The network-level search space of Auto-DeepLab: the steps' probabilities over a search, and networks as paths.
+
+    Shows at each moment the most probable path (Viterbi) and how probable each path is; the reader can draw one. The page
+    computes what `autodeeplab.viterbi` and `path_probability` compute. Opens at the last moment, on `path` if given.
+
+    Args:
+        history: (T, L, 4, 3), T moments of a search, each as `autodeeplab.transitions`: the step from level s after layer l
+            (0 is the stem) to the finer level, the same, the coarser one, 0 where no edge is. Every step equally probable
+            and no search if left out. Of more than 60 moments 60 are kept, with the first and the last.
+        path: what the search decoded, the level of each layer.
+        steps: T numbers for the moments; 0 to T - 1 if left out.
+
+    Raises:
+        ValueError: another shape, outgoing probabilities that do not sum to 1, not one step for each moment, a path that
+            leaves the trellis or is of another length.
+    """
+    from segedu import plots
+    from segedu.models import autodeeplab
+
+    uniform = history is None
+    if uniform:
+        layers = len(autodeeplab.PUBLISHED_PATH if path is None else path)
+        history = autodeeplab.transitions(torch.zeros(layers, autodeeplab.LEVELS, 3))[None]
+    history = torch.as_tensor(history).detach().cpu().double()
+    if history.ndim != 4 or history.shape[2:] != (autodeeplab.LEVELS, 3) or not history.numel():
+        raise ValueError(f"history must be (moments, layers, 4, 3), got {tuple(history.shape)}")
+    layers = history.shape[1]
+    edges = autodeeplab.trellis(layers)
+    wrong = (
+        (history < 0) | (history > 0) & ~edges | ((history.sum(-1) - edges.any(-1).double()).abs() > 1e-3)[..., None]
+    )
+    if wrong.any() or history.isnan().any():
+        at = (wrong | history.isnan()).nonzero()[0].tolist()
+        raise ValueError(
+            "history must hold probabilities that sum to 1 over the steps out of each node and are 0 where no edge is; "
+            f"moment {at[0]}, layer {at[1]}, level {at[2]} has {[round(p, 4) for p in history[*at[:3]].tolist()]}"
+        )
+    steps = list(range(len(history)) if steps is None else steps)
+    if len(steps) != len(history):
+        raise ValueError(f"steps must be {len(history)}, one for each moment, got {len(steps)}")
+    if path is not None:
+        autodeeplab.check_path(path)
+        if len(path) != layers:
+            raise ValueError(f"path must have one level for each of {layers} layers, got {len(path)}")
+    kept = torch.linspace(0, len(history) - 1, min(len(history), MOMENTS)).round().long()
+    paths = _networks(layers)
+    if path is not None:
+        paths = {"Decoded": (tuple(path), "What this search decoded at its end.")} | paths
+    searched = len(history) > 1
+    state = {
+        "title": "Trellis",
+        "lead": f"A network is a path: after each of {layers} layers it is at stride 4, 8, 16 or 32, and a step is one level at most. "
+        + (
+            "The search learns beta, the probability of each step. Predict first: will the most probable path look like a "
+            "network drawn by hand? Then play the search."
+            if searched
+            else "Here all steps out of a node are equally probable, as before a search. Which networks do you know as paths? "
+            "Draw one."
+        ),
+        "layers": layers,
+        "history": base64.b64encode(history[kept].numpy().astype("<f4").tobytes()).decode(),
+        "steps": [int(steps[i]) for i in kept],
+        "paths": [{"name": name, "levels": list(levels), "note": note} for name, (levels, note) in paths.items()],
+        "shown": 0 if path is None and searched else 1,
+        "most": "The path with the highest product of betas, found by Viterbi."
+        + (
+            " Nodes at the border have two steps on, inner ones three. So a path along the border is ahead before any search."
+            if uniform
+            else ""
+        ),
+    }
+    shown, drawn = (autodeeplab.viterbi(history[-1]), "most probable") if path is None else (tuple(path), "decoded")
+    if path is None and not searched:
+        drawn, (shown, _) = next(iter(paths.items()))
+    strides = ", ".join(str(4 * 2**level) for level in shown)
+    still = plots.trellis(history[-1], shown)
+    when = f" at step {steps[-1]} of a search" if searched else ""
+    alt = (
+        f"A trellis of {layers} layers and the strides 4, 8, 16 and 32, its steps the wider the more probable{when}. "
+        f"A path stands out ({drawn}): strides {strides}."
+    )
+    return Figure("trellis", state, still._repr_png_(), alt)
+
+
+def _networks(layers: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Networks as paths of so many layers: name -> (levels, what it is). Auto-DeepLab, Fig. 2, and its released path."""
+    from segedu.models.autodeeplab import PUBLISHED_PATH
+
+    def down_and_up(length: int) -> list[int]:
+        pace = max(1, length // 6)  # layers on a level
+        return [min(3, layer // pace, (length + pace - 1 - layer) // pace) for layer in range(1, length + 1)]
+
+    flat = [min(2, layer) for layer in range(layers)]
+    twice = (2 * down_and_up(layers // 2) + [0])[:layers]
+    networks = {
+        "DeepLab v3": (flat, "Down to stride 16, then flat: dilation keeps it there."),
+        "U-Net, DeconvNet": (
+            down_and_up(layers),
+            "Down and up again. The trellis has no edges for U-Net's skip connections.",
+        ),
+        "Stacked hourglass": (twice, "Down and up, twice."),
+    }
+    if layers == len(PUBLISHED_PATH):
+        found = (
+            "Found on Cityscapes by the paper: it stays fine for three layers, goes down and up, and ends at stride 8."
+        )
+        networks = {"Published": (PUBLISHED_PATH, found)} | networks
+    return {name: (tuple(levels), note) for name, (levels, note) in networks.items()}
 
 
 def explore(model: nn.Module, data, names: Sequence[str] | None = None):

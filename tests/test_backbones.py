@@ -168,6 +168,24 @@ def test_wrong_weights_change_nothing():
     assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())
 
 
+def test_deep_stem():
+    """Three 3x3, 64, 64 and 128 channels, stride 4 with the pool, 15 pixels seen where the 7x7 has 11 (facts of semseg)."""
+    with torch.device("meta"):
+        deep, plain = sg.ResNet(50, stem="deep"), sg.ResNet(50)
+    assert sum(p.numel() for p in deep.parameters()) == 23_631_808
+    assert [sg.receptive_field(net, "maxpool", (224, 224)).size for net in (deep, plain)] == [15, 11]
+    assert sg.receptive_field(deep, "maxpool", (224, 224)).stride == 4
+    torch.manual_seed(0)
+    net = sg.ResNet(14, stem="deep", width=1 / 4)
+    maps, dense = net.eval()(x := torch.rand(1, 3, 97, 129)), sg.dilate(net, 8)(x)
+    assert [m.shape[1] for m in maps] == [64, 128, 256, 512]
+    torch.testing.assert_close(dense[3][..., ::4, ::4], maps[3])
+    with pytest.raises(ValueError, match='stem must be "7x7"'):
+        sg.ResNet(50, stem="3x3")
+    with pytest.raises(ValueError, match='stem="7x7"'):
+        sg.load_imagenet(sg.ResNet(50, stem="deep"), {})
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="depth must be one of 14, 50, 101, 152, got 18"):
         sg.ResNet(18)

@@ -79,7 +79,17 @@ def test_paper_scale_takes_the_papers_loss_and_recipe():
             assert loss == pytest.approx(coarse.item(), rel=1e-5)
         elif name == "deeplab-v2":  # on four maps, the scales 1, 0.5, 0.75 and their maximum
             assert 2 * plain < loss < 8 * plain
-        elif name in ("unet", "deeplab-v3", "deeplab-v3plus"):
+        elif name == "refinenet":  # on the map of stride 4, every fourth label
+            quarter = torch.nn.functional.cross_entropy(
+                model.scores(image[None]), target[None, ::4, ::4], ignore_index=metrics.VOID
+            )
+            assert loss == pytest.approx(quarter.item(), rel=1e-5)
+        elif name == "pspnet":
+            side = torch.nn.functional.cross_entropy(
+                model.both(image[None])[1], target[None], ignore_index=metrics.VOID
+            )
+            assert loss == pytest.approx((plain + 0.4 * side).item(), rel=1e-5)
+        elif name in ("unet", "gcn", "deeplab-v3", "deeplab-v3plus", "autodeeplab"):
             assert loss == pytest.approx(plain.item(), rel=1e-5)
         else:  # balanced: rare classes weigh more
             assert loss != pytest.approx(plain.item(), rel=1e-3) and loss.isfinite()

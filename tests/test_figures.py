@@ -1,5 +1,6 @@
 """The interactive figures in a browser: as a module over http and as the book's plain script from a file."""
 
+import base64
 import contextlib
 import functools
 import http.server
@@ -19,7 +20,9 @@ import segedu as sg
 from segedu import widgets
 from segedu.crf import exact
 from segedu.metrics import VOID, Scores, class_boundary_f1, confusion_matrix
+from segedu.models import autodeeplab
 from segedu.models.deeplab_v3 import valid_weights
+from segedu.models.pspnet import PyramidPooling
 from segedu.receptive import receptive_fields
 
 pytestmark = pytest.mark.slow
@@ -28,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"light": ("#ffffff", "#222832", "#0a7d91"), "dark": ("#14181e", "#ced6dd", "#3fb1c5")}  # the book's theme
 CLASSES = len(widgets.LAB_CLASSES)
 FIGURES = ["metric-lab", "skip-mixer", "upsampling-lab", "layer-scrubber", "field-lab", "crf-playground", "aspp-lab"]
+FIGURES += ["pyramid-lab", "trellis"]
 LAYERS, TITLES = ["stage1", "stage3", "score_pool3"], ["stage 1", "stage 3", "scores of pool 3"]
 
 
@@ -56,7 +60,21 @@ def figures() -> dict[str, widgets.Figure]:
         "field-lab": widgets.field_lab(),
         "crf-playground": widgets.crf_playground(),
         "aspp-lab": widgets.aspp_lab(),
+        "pyramid-lab": widgets.pyramid_lab(),
+        "trellis": widgets.trellis(searched(), steps=SEARCH_STEPS),
+        "trellis-uniform": widgets.trellis(),
+        "trellis-decoded": widgets.trellis(searched(5), path=(0, 1, 1, 2, 1)),
     }
+
+
+SEARCH_STEPS = (0, 10, 30, 60, 100)
+
+
+@functools.cache
+def searched(layers: int = 12) -> torch.Tensor:
+    """Transitions that part more and more, as in a search."""
+    beta = torch.randn(layers, 4, 3, generator=torch.manual_seed(0)).double()
+    return torch.stack([autodeeplab.transitions(beta * step / 50) for step in SEARCH_STEPS])
 
 
 def page_html(figure: widgets.Figure, mode: str, script: str) -> str:
@@ -886,6 +904,370 @@ def test_cells_and_rates_are_chosen_by_keyboard_and_pointer(show):
     assert page.get_by_role("table", name="Each branch").locator("tbody tr").count() == 3
 
 
+SOURCES = ("colour", "brightness", "blue", "water (labels)", "road (labels)")
+
+
+@functools.cache
+def pyramid_sources() -> list[list[torch.Tensor]]:
+    """Of both pictures each of SOURCES as (channels, 96, 128)."""
+    kept = []
+    for image, target in widgets._same_hull():
+        rgb = (image * 255).round().double()
+        kept.append([rgb, rgb.mean(0, keepdim=True), rgb[2:], *((target == k)[None].double() for k in (1, 2))])
+    return kept
+
+
+def check_pyramid(page) -> dict:
+    """Bins, means and enlarged values are those of torch for both pictures; the tables show them."""
+    got = value(page)
+    size, (row, col) = tuple(got["map"]), got["cell"]
+    side = figures()["pyramid-lab"].state["left"]
+    maps, enlarged = [], []
+    for source, means in zip((of[got["channel"]] for of in pyramid_sources()), got["means"], strict=True):
+        cells = F.adaptive_avg_pool2d(source[..., side : side + 96] if size[0] == size[1] else source, size)
+        maps.append(cells)
+        enlarged.append([cells])
+        for n, channels in zip(got["levels"], means, strict=True):
+            pooled = F.adaptive_avg_pool2d(cells, n)
+            torch.testing.assert_close(torch.tensor(channels, dtype=pooled.dtype).view(pooled.shape), pooled)
+            enlarged[-1].append(F.interpolate(pooled[None], size, mode="bilinear", align_corners=True)[0])
+    values = [[of[:, row, col] for of in one] for one in enlarged]
+    for of, expected in zip(got["values"], values, strict=True):
+        for one, other in zip(of, expected, strict=True):
+            assert one == pytest.approx(other.tolist(), abs=1e-9)
+    apart = [(a - b).abs().mean().item() for a, b in zip(*values, strict=True)]
+    assert got["apart"] == pytest.approx(apart, abs=1e-9)
+
+    lone = torch.zeros(1, *size)
+    lone[0, row, col] = 1
+    for n, cuts, (down, across) in zip(got["levels"], got["cuts"], got["bins"], strict=True):
+        for length, found in zip(size, cuts, strict=True):
+            shares = F.adaptive_avg_pool1d(torch.eye(length)[None], n)[0].T  # row i: what bin i takes
+            assert [[int(x.nonzero().min()), int(x.nonzero().max()) + 1] for x in shares] == found
+        bins = F.adaptive_avg_pool2d(lone, n)[0].nonzero().tolist()
+        assert list(itertools.product(down, across)) == [tuple(at) for at in bins]
+    with torch.device("meta"):
+        assert got["total"] == PyramidPooling(2048, got["levels"]).c_out == 2048 + len(got["levels"]) * got["width"]
+
+    digits = 2 if "labels" in SOURCES[got["channel"]] else 0
+    rows = page.get_by_role("table", name="What the head is given").locator("tbody tr").all()
+    shown = [[cell.strip() for cell in row.locator("td").all_inner_texts()] for row in rows]
+    assert [cells[0] for cells in shown] == ["2048"] + [str(got["width"])] * len(got["levels"])
+    for k, (_, water, road, difference) in enumerate(shown):
+        for text, expected in zip((water, road), (values[0][k], values[1][k]), strict=True):
+            assert [float(one) for one in text.split()] == pytest.approx(expected.tolist(), abs=0.501 * 10**-digits)
+        assert float(difference) == pytest.approx(apart[k], abs=0.501 * 10**-digits)
+    current = [row.get_attribute("aria-current") == "true" for row in rows]
+    assert current == [False] + [n == got["level"] for n in got["levels"]]
+    rows = page.get_by_role("table", name="The bins that the cell lies in").locator("tbody tr")
+    assert rows.count() == sum(len(down) * len(across) for down, across in got["bins"])
+    return got
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_bins_means_and_enlarged_maps_are_those_of_torch(show, classic):
+    page = show("pyramid-lab", classic=classic)
+    opening = check_pyramid(page)
+    assert (opening["map"], opening["levels"], opening["level"], opening["total"]) == ([60, 60], [1, 2, 3, 6], 6, 4096)
+    assert opening["apart"][0] == 0  # the same hull
+    state = figures()["pyramid-lab"].state
+    for area in state["maps"]:
+        pick(page, "Map", area["text"])
+        for preset in state["presets"]:
+            button = page.get_by_role("button", name=preset["name"], exact=True)
+            button.click()
+            got = check_pyramid(page)
+            assert button.get_attribute("aria-pressed") == "true" and got["levels"] == list(preset["bins"])
+            assert got["map"] == [area["rows"], area["cols"]] and got["pixels"] == [area["height"], area["width"]]
+    for source in SOURCES:
+        pick(page, "Channel", source)
+        assert SOURCES[check_pyramid(page)["channel"]] == source
+
+
+def test_lab_says_where_bins_overlap(show):
+    page = show("pyramid-lab")
+    said = {
+        "60 × 60: 473 px": "6 × 6 bins. 60 rows and columns: 6 bins of 10, none overlap.",
+        "90 × 90: 713 px": "6 × 6 bins. 90 rows and columns: 6 bins of 15, none overlap.",
+        "65 × 65: 513 px": "6 × 6 bins. 65 rows and columns do not divide by 6: the bins are 0–10, 10–21, 21–32, 32–43, "
+        "43–54, 54–64. In two bins: 10, 21, 32, 43, 54.",
+        "13 × 17: Toytown": "6 × 6 bins. 13 rows do not divide by 6: the bins are 0–2, 2–4, 4–6, 6–8, 8–10, 10–12. In two "
+        "bins: 2, 4, 6, 8, 10. 17 columns do not divide by 6: the bins are 0–2, 2–5, 5–8, 8–11, 11–14, 14–16. In "
+        "two bins: 2, 5, 8, 11, 14.",
+        "12 × 16: Toytown, unpadded": "6 × 6 bins. 12 rows: 6 bins of 2, none overlap. 16 columns do not divide by 6: the bins "
+        "are 0–2, 2–5, 5–7, 8–10, 10–13, 13–15. In two bins: 2, 5, 10, 13.",
+    }
+    for area, words in said.items():
+        pick(page, "Map", area)
+        assert page.get_by_text(words, exact=True).is_visible(), area
+    page.get_by_role("application").focus()
+    page.keyboard.press("1")
+    assert page.get_by_text("1 bin: the whole map of 12 × 16 cells.", exact=True).is_visible()
+
+
+def test_levels_share_the_channels_and_one_stays(show):
+    page = show("pyramid-lab")
+    page.get_by_role("checkbox", name="6", exact=True).press("Space")
+    got = check_pyramid(page)
+    assert (got["levels"], got["level"], got["width"], got["total"]) == ([1, 2, 3], 3, 682, 4094)
+    words = "A pyramid of your own. Channels: 2048 + 3 × 2048/3 = 2048 + 3 × 682 = 4094 (rounded down)."
+    assert page.get_by_text(words).first.is_visible()
+    offered = page.get_by_role("group", name="Drawn over the picture").get_by_role("radio")
+    assert offered.count() == 3  # of the visible
+    page.get_by_role("checkbox", name="8", exact=True).press("Space")
+    assert (check_pyramid(page)["levels"], value(page)["level"]) == ([1, 2, 3, 8], 8)
+    page.get_by_role("button", name="Global").click()
+    got = check_pyramid(page)
+    assert (got["levels"], got["width"], got["total"]) == ([1], 2048, 4096)
+    last = page.get_by_role("checkbox", name="1", exact=True)
+    last.press("Space")
+    assert last.is_checked() and check_pyramid(page)["levels"] == [1]
+    assert page.get_by_text("One level has to stay").first.is_visible()
+    assert page.get_by_text("1 bin is furthest apart").first.is_visible()
+
+
+def test_the_same_hull_differs_in_its_surroundings_only(show):
+    page = show("pyramid-lab")
+    page.get_by_role("button", name="1 to 8").click()
+    for source, coarse, fine in ("water (labels)", 0.2, 0.01), ("road (labels)", 0.15, 0.05):
+        pick(page, "Channel", source)
+        apart = check_pyramid(page)["apart"]
+        assert apart[0] == 0 and min(apart[1:4]) > coarse and apart[8] < fine  # 8 x 8 bins lie within the hull
+    assert page.get_by_text("the cell itself is the same: alone it cannot tell them apart").first.is_visible()
+    page.get_by_role("application").focus()
+    for _ in range(10):
+        page.keyboard.press("Shift+ArrowDown")
+    got = check_pyramid(page)
+    assert got["cell"] == [59, 30] and got["apart"][0] == 1  # all road, no road
+
+
+def test_enlarged_maps_are_drawn_as_computed(show):
+    page = show("pyramid-lab")
+    pick(page, "Map", "13 × 17: Toytown")
+    page.get_by_role("application").focus()
+    for _ in range(5):
+        page.keyboard.press("Shift+ArrowUp")
+        page.keyboard.press("Shift+ArrowLeft")
+    assert check_pyramid(page)["cell"] == [0, 0]
+    canvas = page.get_by_role("img", name="colour, means of 3 × 3 bins, enlarged")
+    read = """canvas => [canvas.height, canvas.width,
+        [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]]"""
+    height, width, pixels = canvas.evaluate(read)
+    rows, columns = ((torch.arange(n) + 0.5) / n * side for n, side in ((13, height), (17, width)))
+    drawn = torch.tensor(pixels).view(height, width, 4)[rows.long()][:, columns.long(), :3].permute(2, 0, 1)
+    pooled = F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(pyramid_sources()[0][0], (13, 17)), 3)
+    expected = F.interpolate(pooled[None], (13, 17), mode="bilinear", align_corners=True)[0].round().long()
+    away = torch.ones(13, 17, dtype=torch.bool)
+    away[:2, :2] = False  # under the frame of the cell
+    assert ((drawn - expected).abs()[:, away] <= 1).all()
+
+
+def test_a_cell_is_chosen_by_keyboard_and_pointer(show):
+    page = show("pyramid-lab")
+    page.get_by_role("application").focus()
+    for key in ("ArrowUp", "Shift+ArrowRight", "3", "4", " "):
+        page.keyboard.press(key)
+    got = check_pyramid(page)
+    assert (got["cell"], got["level"], got["scene"]) == ([40, 34], 3, 1)  # there is no level 4
+    page.wait_for_function("document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent")
+    assert page.get_by_role("radio", name="hull on road").is_checked()
+    assert page.get_by_text("Row 40, column 34 lies in bin (2, 1) of 3 × 3.").first.is_visible()
+    for view in page.get_by_role("application"), page.get_by_role("img", name="Map of 60 by 60 cells"):
+        view.scroll_into_view_if_needed()
+        box = view.bounding_box()
+        page.mouse.move(box["x"] + 0.5 / 60 * box["width"], box["y"] + 59.5 / 60 * box["height"])
+        assert check_pyramid(page)["cell"] == [59, 0]
+        page.mouse.move(box["x"] + 20.5 / 60 * box["width"], box["y"] + 19.5 / 60 * box["height"])
+        assert check_pyramid(page)["cell"] == [19, 20] and value(page)["bins"][2] == [[0], [1]]
+    pick(page, "Map", "13 × 17: Toytown")
+    got = check_pyramid(page)  # the same place of the picture: the square map begins at column 15 of 128
+    assert got["cell"] == [int(19.5 / 60 * 13), int((15 + 20.5 / 60 * 96) / 128 * 17)]
+    page.get_by_role("application").focus()
+    page.keyboard.press("6")
+    page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("Shift+ArrowUp")
+    for _ in range(2):
+        page.keyboard.press("ArrowDown")
+    got = check_pyramid(page)
+    assert got["cell"] == [2, 6] and got["bins"][3] == [[0, 1], [2]]
+    assert page.get_by_text("Row 2, column 6 lies in bins (0, 2), (1, 2) of 6 × 6.").first.is_visible()
+
+
+@functools.cache
+def all_paths(layers: int) -> np.ndarray:
+    """Every path through the trellis, found by walking: (paths, layers + 1) levels, the stem's first."""
+    walks = [(0,)]
+    for _ in range(layers):
+        walks = [(*walk, to) for walk in walks for to in (walk[-1] - 1, walk[-1], walk[-1] + 1) if 0 <= to <= 3]
+    return np.array(walks)
+
+
+def check_trellis(page, name: str) -> dict:
+    """Paths, probabilities and counts are those of enumerating all paths, and of `autodeeplab`; the table shows them."""
+    got, state = value(page), figures()[name].state
+    layers = got["layers"]
+    betas = (
+        np.frombuffer(base64.b64decode(state["history"]), "<f4").reshape(-1, layers, 4, 3)[got["moment"]].astype(float)
+    )
+    assert got["step"] == state["steps"][got["moment"]] and got["edges"] == autodeeplab.trellis(layers).sum()
+    paths = all_paths(layers)
+    taken = betas[np.arange(layers), paths[:, :-1], np.diff(paths) + 1]
+    chances = taken.prod(1)
+    assert chances.sum() == pytest.approx(1, abs=1e-6)
+    best = chances.argmax()
+    assert got["viterbi"] == paths[best, 1:].tolist() == list(autodeeplab.viterbi(torch.tensor(betas)))
+    assert got["most"] == pytest.approx(chances[best])
+    assert got["counts"] == [len(all_paths(n)) for n in range(1, layers + 1)]
+
+    layer, start, end = got["edge"]
+    assert got["beta"] == pytest.approx(betas[layer, start, end - start + 1])
+    through = (paths[:, layer] == start) & (paths[:, layer + 1] == end)
+    assert got["through"] == through.sum() and got["chance"] == pytest.approx(chances[through].sum())
+
+    networks = {"Most probable": got["viterbi"]} | {one["name"]: one["levels"] for one in state["paths"]}
+    networks["Your own"] = got["own"]
+    assert got["levels"] == networks[got["shown"]]
+    rows = page.get_by_role("table", name="Probability of each path").locator("tbody tr").all()
+    for row, (path, levels) in zip(rows, networks.items(), strict=True):
+        assert row.locator("th").inner_text() == path
+        assert (row.get_attribute("aria-current") == "true") == (path == got["shown"])
+        shown, times = (text.replace(",", "") for text in row.locator("td").all_inner_texts())
+        if len(levels) < layers:
+            assert (shown, times, got["probabilities"][path]) == ("not complete", "–", None)
+            continue
+        chance = autodeeplab.path_probability(torch.tensor(betas), levels)
+        assert got["probabilities"][path] == pytest.approx(chance) and chance == pytest.approx(
+            chances[(paths[:, 1:] == levels).all(1)].item()
+        )
+        if "%" in shown:
+            assert chance >= 0.01 and float(shown[:-1]) == pytest.approx(100 * chance, abs=0.051)
+        else:
+            assert float(shown.removeprefix("1 in ")) == pytest.approx(1 / chance, abs=0.51)
+        relative = chance * len(paths)
+        assert times == "< 0.01" if relative < 0.01 else float(times) == pytest.approx(relative, rel=0.006, abs=0.0051)
+    return got
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["module", "classic"])
+def test_paths_are_those_of_enumeration_at_every_moment(show, classic):
+    page = show("trellis", classic=classic)
+    got = check_trellis(page, "trellis")
+    assert (got["moment"], got["step"], got["shown"], got["edges"]) == (4, 100, "Most probable", 105)
+    assert got["counts"][-2:] == [28657, 75025]
+    last = got["viterbi"]
+    when = page.get_by_role("slider", name="Moment of the search")
+    when.press("Home")
+    got = check_trellis(page, "trellis")
+    assert got["viterbi"] == [0] * 12 != last and got["most"] == pytest.approx(2**-12)  # uniform: along the border
+    for step in SEARCH_STEPS[1:]:
+        when.press("ArrowRight")
+        assert check_trellis(page, "trellis")["step"] == step
+    assert value(page)["viterbi"] == last
+    for name in "Published", "DeepLab v3", "U-Net, DeconvNet", "Stacked hourglass":
+        pick(page, "Path", name)
+        assert check_trellis(page, "trellis")["shown"] == name
+    assert page.get_by_text("Strides: 8 16 32 16 8 4 8 16 32 16 8 4.").first.is_visible()
+
+
+def test_a_short_trellis_opens_on_what_was_decoded(show):
+    page = show("trellis-decoded")
+    got = check_trellis(page, "trellis-decoded")
+    assert (got["shown"], got["levels"], got["counts"]) == ("Decoded", [0, 1, 1, 2, 1], [2, 5, 13, 34, 89])
+    page = show("trellis-uniform")
+    got = check_trellis(page, "trellis-uniform")
+    assert (got["shown"], got["levels"]) == ("Published", [0, 0, 0, 1, 2, 1, 2, 2, 3, 3, 2, 1])
+    assert page.get_by_role("slider").count() == page.get_by_role("button", name="Play").count() == 0
+    pick(page, "Path", "Most probable")
+    assert page.get_by_text("a path along the border is ahead before any search").first.is_visible()
+
+
+def test_trellis_plays(show):
+    page = show("trellis", classic=True)
+    page.get_by_role("button", name="Play").click()
+    assert page.get_by_role("button", name="Pause").is_visible() and value(page)["moment"] < 4
+    page.get_by_role("button", name="Pause").click()
+    before = value(page)
+    page.wait_for_timeout(800)
+    assert value(page) == before and not check_trellis(page, "trellis")["playing"]
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("document.querySelector('seg-figure').value.moment === 4")
+    page.get_by_role("button", name="Play").wait_for()
+    still = show("trellis", reduced_motion="reduce")
+    assert still.get_by_role("button", name="Play").count() == 0
+    still.get_by_role("slider").press("ArrowLeft")
+    assert check_trellis(still, "trellis")["moment"] == 3
+
+
+def test_a_path_is_drawn_by_keys_and_a_wide_step_refused(show):
+    page = show("trellis")
+    page.get_by_role("application").focus()
+    for key in "1233":
+        page.keyboard.press(key)
+    got = check_trellis(page, "trellis")
+    assert (got["own"], got["shown"], got["edge"], got["refused"]) == ([0, 1, 2, 2], "Your own", [3, 2, 2], "")
+    page.keyboard.press("1")
+    got = check_trellis(page, "trellis")
+    assert got["own"] == [0, 1, 2, 2] and got["refused"].startswith(
+        "Refused: from stride 16 to stride 4 is more than one level."
+    )
+    assert page.get_by_text(got["refused"]).first.is_visible()
+    page.wait_for_function(
+        "document.querySelector('seg-figure').shadowRoot.querySelector('[aria-live]').textContent.startsWith('Refused')"
+    )
+    page.keyboard.press("Backspace")
+    assert check_trellis(page, "trellis")["own"] == [0, 1, 2] and value(page)["refused"] == ""
+    for key in ("ArrowRight", "Enter"):  # the step next to the last one taken
+        page.keyboard.press(key)
+    got = check_trellis(page, "trellis")
+    assert (got["edge"], got["own"]) == ([3, 1, 2], [0, 1, 2])
+    assert got["refused"] == "Refused: this step starts at stride 8, and your path is at stride 16 after layer 3."
+    seen = []
+    for _ in range(4):
+        page.keyboard.press("ArrowDown")
+        seen.append(check_trellis(page, "trellis")["edge"])
+    assert seen == [[3, 2, 1], [3, 2, 2], [3, 2, 3], [3, 3, 2]]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Enter")
+    assert check_trellis(page, "trellis")["own"] == [0, 1, 2, 3]
+    for key in "44333221":
+        page.keyboard.press(key)
+    got = check_trellis(page, "trellis")
+    assert got["own"] == [0, 1, 2, 3, 3, 3, 2, 2, 2, 1, 1, 0] and got["probabilities"]["Your own"] > 0
+    page.keyboard.press("1")
+    assert value(page)["refused"] == "Your path is complete: 12 layers."
+    page.get_by_role("button", name="Draw your own anew").click()
+    assert check_trellis(page, "trellis")["own"] == []
+
+
+def test_a_path_is_drawn_by_clicks(show):
+    page = show("trellis", width=390)
+    view = page.get_by_role("application")
+
+    def at(layer: float, level: float) -> tuple[float, float]:
+        box = view.bounding_box()
+        x, y = 150 + layer * 1090 / 12, 60 + level * 540 / 3
+        return box["x"] + x / 1300 * box["width"], box["y"] + y / 720 * box["height"]
+
+    view.scroll_into_view_if_needed()
+    page.mouse.move(*at(4.5, 1.5))
+    assert check_trellis(page, "trellis")["edge"] in ([4, 1, 2], [4, 2, 1])
+    page.mouse.move(*at(7.7, 2.7))
+    assert check_trellis(page, "trellis")["edge"] == [7, 2, 3] and value(page)["shown"] == "Most probable"
+    for layer, level in enumerate((0, 1, 2, 1), start=1):
+        page.mouse.click(*at(layer, level))
+    assert check_trellis(page, "trellis")["own"] == [0, 1, 2, 1]
+    for (layer, level), words in {
+        (5, 3): "Refused: from stride 8 to stride 32 is more than one level.",
+        (9, 1): "Refused: your path has 4 layers, so layer 5 is next.",
+    }.items():
+        page.mouse.click(*at(layer, level))
+        assert value(page)["refused"].startswith(words) and check_trellis(page, "trellis")["own"] == [0, 1, 2, 1]
+    page.mouse.click(*at(2, 0))  # an earlier layer: the path goes on from there
+    assert check_trellis(page, "trellis")["own"] == [0, 0] and value(page)["refused"] == ""
+    page.mouse.click(*at(0, 0))
+    assert check_trellis(page, "trellis")["own"] == []
+
+
 @pytest.mark.parametrize("mode", COLOURS)
 @pytest.mark.parametrize("name", FIGURES)
 def test_accessible(show, name, mode):
@@ -915,6 +1297,13 @@ def test_fits(show, name, width):
         page.get_by_role("button", name="ASPP-L").click()
         for _ in range(9):
             page.get_by_role("slider").press("ArrowLeft")
+    if name == "pyramid-lab":  # at its longest
+        pick(page, "Map", "13 × 17: Toytown")
+        page.get_by_role("button", name="1 to 8").click()
+    if name == "trellis":  # at its widest
+        page.get_by_role("application").focus()
+        for key in "1234444444441":
+            page.keyboard.press(key)
     if name == "field-lab":  # at its longest
         page.get_by_role("button", name="Context module").click()
         page.locator("summary").click()

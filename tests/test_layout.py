@@ -11,7 +11,7 @@ PACKAGE = ROOT / "segedu"
 MODELS = sorted(path for path in (PACKAGE / "models").glob("*.py") if path.name != "__init__.py")
 MODELS += [PACKAGE / "crf" / "dense.py", PACKAGE / "crf" / "rnn.py"]
 # (model, model it builds on) where the paper itself says "we build on"
-SIDEWAYS = {("deeplab_v2", "deeplab_v1"), ("deeplab_v3plus", "deeplab_v3")}
+SIDEWAYS = {("deeplab_v2", "deeplab_v1"), ("deeplab_v3plus", "deeplab_v3"), ("autodeeplab", "deeplab_v3")}
 
 # What a file may import from segedu itself. Everything else may import what it needs.
 ALLOWED = {

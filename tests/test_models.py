@@ -40,6 +40,14 @@ MODELS = {
     "DeepLab v3, cascade": lambda: sg.DeepLabV3(5, depth=14, head="cascade", width=1 / 16),
     "DeepLab v3+": lambda: sg.DeepLabV3Plus(5, backbone="resnet14", rates=(1, 2, 3), width=1 / 16),
     "DeepLab v3+, Xception": lambda: sg.DeepLabV3Plus(5, backbone="xception41", rates=(1, 2, 3), width=1 / 16),
+    "PSPNet": lambda: sg.PSPNet(5, depth=14, width=1 / 16),
+    "PSPNet, max, 7x7 stem": lambda: sg.PSPNet(5, depth=14, stem="7x7", bins=(1, 3), pool="max", width=1 / 16),
+    "GCN": lambda: sg.GCN(5, depth=14, k=3, width=1 / 16),
+    "GCN, stack": lambda: sg.GCN(5, depth=14, k=3, block="stack", refine=False, width=1 / 16),
+    "RefineNet": lambda: sg.RefineNet(5, depth=14, width=1 / 16),
+    "RefineNet, single block": lambda: sg.RefineNet(5, depth=14, cascades=1, pools=2, width=1 / 16),
+    "Auto-DeepLab": lambda: sg.AutoDeepLab(5, filters=2, path=(0, 1, 2, 1), rates=(1, 2, 3), width=1 / 16),
+    "Auto-DeepLab, relaxed": lambda: sg.SuperNet(5, layers=3, filters=2, blocks=2, reach=8, width=1 / 16),
     "FCN-8s learned upsampling": lambda: sg.FCN(5, learn_upsampling=True, width=1 / 16),
 }
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import segedu as sg
 from segedu import plots
+from segedu.models import autodeeplab
 
 PALETTE = torch.tensor([[200, 200, 200], [0, 0, 255], [255, 0, 0]], dtype=torch.uint8)
 CLASSES = ["road", "car", "person"]
@@ -38,6 +39,8 @@ def every_figure(scene):
         "maps": plots.maps(image),
         "layers": plots.layers([image, image[0, ::4, ::4], image[1] - 0.5], ["input", "6 x 8", "scores"]),
         "curves": plots.curves({"32s": [[3, 2, 1], [4, 2, 1.5]], "8s": torch.tensor([3.0, 1, 0.5])}),
+        "bins": plots.bins(image),
+        "trellis": plots.trellis(autodeeplab.transitions(torch.zeros(5, 4, 3)), (0, 1, 2, 2, 1)),
         "bars": plots.bars({"32s": [0.5, 0.6], "8s": [0.7, 0.8]}),
         "field": plots.field(image, sg.receptive.Field(10, 8, 3.5), image[0], (1, 2)),
         "lattice": plots.lattice(*three_corners(), torch.rand(9, 9, generator=torch.manual_seed(0)), 2.0),
@@ -152,6 +155,33 @@ def test_field_box_is_where_the_model_sees():
     rows, columns = np.nonzero(effective.numpy())
     assert (box.get_y(), box.get_x()) == (rows.min() - 0.5, columns.min() - 0.5)
     assert (box.get_height(), box.get_width()) == (3, 3)
+
+
+def test_bins_have_the_borders_and_means_of_adaptive_pooling(scene):
+    image, _ = scene
+    figure = plots.bins(image, (1, 5))
+    over, means = figure.axes[1], figure.axes[3]
+    drawn = {(box.get_y(), box.get_x(), box.get_height(), box.get_width()) for box in over.patches}
+    ranges = [
+        [
+            (row.nonzero()[0].item(), len(row.nonzero()))
+            for row in torch.nn.functional.adaptive_avg_pool1d(torch.eye(side), 5).T
+        ]
+        for side in (24, 32)
+    ]
+    assert drawn == {(y, x, height, width) for y, height in ranges[0] for x, width in ranges[1]} and len(drawn) == 25
+    pooled = torch.nn.functional.adaptive_avg_pool2d(image, 5).permute(1, 2, 0)
+    np.testing.assert_allclose(means.images[0].get_array(), pooled, atol=1e-6)
+
+
+def test_trellis_draws_every_step_and_the_path():
+    steps = autodeeplab.transitions(torch.zeros(5, 4, 3))
+    *lines, path, nodes = plots.trellis(steps, (0, 1, 2, 2, 1)).axes[0].lines
+    drawn = {(line.get_xdata()[0], *line.get_ydata()) for line in lines}
+    assert drawn == {(at, level, level + way - 1) for at, level, way in autodeeplab.trellis(5).nonzero().tolist()}
+    widths = {line.get_linewidth() for line in lines}
+    assert len(widths) == 2  # two or three steps leave a node
+    assert path.get_ydata().tolist() == [0, 0, 1, 2, 2, 1] and len(nodes.get_xdata()) == 1 + 2 + 3 + 4 * 3
 
 
 def test_matrix_shows_shares_of_the_rows():

@@ -14,6 +14,7 @@ from PIL import Image
 import segedu as sg
 from segedu import widgets
 from segedu.crf import DenseCRF
+from segedu.models import autodeeplab
 from segedu.models.deeplab_v3 import default_rates, valid_weights
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -179,6 +180,76 @@ def test_aspp_lab_counts_as_valid_weights_and_is_small():
     )
     assert "7.93 at rate 6" in figure.alt and "1.00 at rate 65" in figure.alt  # 0.881 and 1/9 of nine
     assert Image.open(io.BytesIO(figure.still)).width > 600
+
+
+def test_pyramid_lab_shows_one_hull_in_two_places_and_is_small():
+    figure = widgets.pyramid_lab()
+    assert figure.to_html() == widgets.pyramid_lab().to_html() and len(figure.to_html()) < 250_000
+    (water, on_water), (road, on_road) = widgets._same_hull()
+    same = (water == road).all(0)
+    assert 1000 < same.sum() < 1500 and same[60, 70]  # the hull, and by chance few others
+    for target, k, other in (on_water, 1, 2), (on_road, 2, 1):
+        below = target[78:, 30:95]  # what it lies on
+        assert (below == k).float().mean() > 0.85 and (below != other).all()
+        assert not target[same & (torch.arange(96)[:, None] > 50)].any()
+    (split, index, _), _ = widgets.PYRAMID_SCENES
+    image, target = sg.Toytown(split)[index]
+    assert torch.equal(water, image) and sg.Toytown(split).classes[target[60, 70]] == "boat"
+    state = figure.state
+    for area in state["maps"][:4]:  # those that PSPNet makes: 8 m + 1 pixels
+        assert (area["height"], area["width"]) == (8 * area["rows"] - 7, 8 * area["cols"] - 7)
+    with torch.device("meta"):
+        model = sg.PSPNet(11, depth=14, width=1 / 4).eval()
+        assert model.cells(torch.empty(1, 3, 96, 128))[0].shape[-2:] == (13, 17)
+    assert state["presets"][0]["bins"] == (1, 2, 3, 6)
+    row, col = state["cell"]
+    assert same[int((row + 0.5) / 60 * 96), state["left"] + int((col + 0.5) / 60 * 96)]
+    assert Image.open(io.BytesIO(figure.still)).width > 600
+
+
+def test_trellis_is_small_and_keeps_networks_that_are_paths():
+    history = torch.stack([autodeeplab.transitions(torch.randn(12, 4, 3)) for _ in range(500)])
+    figure = widgets.trellis(history, path=autodeeplab.PUBLISHED_PATH, steps=range(0, 5000, 10))
+    assert len(figure.to_html()) < 250_000 and len(widgets.trellis().to_html()) < 150_000
+    assert figure.to_html() == widgets.trellis(history, autodeeplab.PUBLISHED_PATH, range(0, 5000, 10)).to_html()
+    state = figure.state
+    assert len(state["steps"]) == 60 and (state["steps"][0], state["steps"][-1]) == (0, 4990)
+    kept = np.frombuffer(base64.b64decode(state["history"]), "<f4").reshape(60, 12, 4, 3)
+    assert (kept[[0, -1]] == history[[0, -1]].numpy()).all()
+    assert "strides 4, 4, 4, 8, 16, 8, 16, 16, 32, 32, 16, 8" in figure.alt and "at step 4990" in figure.alt
+    assert Image.open(io.BytesIO(figure.still)).width > 600
+
+    for layers in range(1, 25):
+        networks = widgets._networks(layers)
+        for levels, _ in networks.values():
+            autodeeplab.check_path(levels)
+            assert len(levels) == layers
+        assert ("Published" in networks) == (layers == 12)
+    twelve = {name: levels for name, (levels, _) in widgets._networks(12).items()}
+    assert twelve["DeepLab v3"] == (0, 1, *10 * (2,))
+    assert twelve["U-Net, DeconvNet"] == (0, 1, 1, 2, 2, 3, 3, 2, 2, 1, 1, 0)
+    assert twelve["Stacked hourglass"] == 2 * (1, 2, 3, 2, 1, 0)
+
+
+def test_trellis_names_what_is_no_history():
+    good = autodeeplab.transitions(torch.zeros(5, 4, 3))
+    with pytest.raises(ValueError, match=r"\(moments, layers, 4, 3\), got \(5, 4, 3\)"):
+        widgets.trellis(good)
+    with pytest.raises(ValueError, match=r"steps must be 2, one for each moment, got 3"):
+        widgets.trellis(torch.stack([good, good]), steps=[0, 1, 2])
+    for wrong in (float("nan"), 0.7, -0.5):
+        bad = torch.stack([good, good])
+        bad[1, 2, 0, 1] = wrong
+        with pytest.raises(ValueError, match=r"sum to 1.*moment 1, layer 2, level 0 has"):
+            widgets.trellis(bad)
+    outside = good[None].clone()
+    outside[0, 0, 3, 1] = 1  # nothing starts at stride 32 in the stem
+    with pytest.raises(ValueError, match="moment 0, layer 0, level 3"):
+        widgets.trellis(outside)
+    with pytest.raises(ValueError, match="path must have one level for each of 5 layers, got 4"):
+        widgets.trellis(good[None], path=(0, 0, 1, 1))
+    with pytest.raises(ValueError, match="leaves the trellis at layer 2"):
+        widgets.trellis(good[None], path=(0, 2, 1, 1, 0))
 
 
 def decoded(url: str) -> torch.Tensor:

@@ -213,6 +213,45 @@ def deeplab_v3() -> None:
             )
 
 
+def pspnet() -> None:
+    """Forward and backward of PSPNet, ResNet-50 at stride 8, beside SMP's.
+
+    SMP's default net ends after layer2, so it gets the whole trunk, dilated to stride 8 (its own `make_dilated`, which is
+    PSPNet's rule), and ours its 7x7 stem. SMP's head differs in two layers: they are exchanged for the paper's, 3x3 after
+    the pyramid and 1x1 to the classes. Both take pictures of 8 m + 1 pixels, so all maps are of one size; SMP's check for
+    sides of 8 m is off, and its scores, 304 pixels wide, are cut to 297. What is left to differ: SMP's bin of 1 has a bias
+    in place of batch norm.
+    """
+    import segmentation_models_pytorch as smp
+    from segmentation_models_pytorch.base.modules import Conv2dReLU
+
+    from segedu.models.pspnet import PSPNet
+
+    theirs = smp.PSPNet("resnet50", encoder_weights=None, encoder_depth=5, psp_dropout=0.1, classes=21)
+    theirs.encoder.make_dilated(8)
+    theirs.requires_divisible_input_shape = False
+    theirs.decoder.conv = Conv2dReLU(4096, 512, 3, padding=1, use_norm="batchnorm")
+    theirs.segmentation_head[0] = torch.nn.Conv2d(512, 21, 1)
+    nets = {"segedu": PSPNet(21, depth=50, stem="7x7"), "smp": theirs}
+    images, target = torch.rand(2, 3, 297, 297), torch.randint(0, 21, (2, 297, 297))
+
+    def step(net: torch.nn.Module) -> None:
+        net.zero_grad()
+        F.cross_entropy(net(images)[..., :297, :297], target).backward()
+
+    calls = {name: functools.partial(step, net) for name, net in nets.items()}
+    for call in calls.values():
+        call()
+    seconds = median_seconds(calls, rounds=7)
+    print("PSPNet, ResNet-50, stride 8, forward and backward, two pictures of 297 x 297")
+    for name, value in seconds.items():
+        count, work = sum(p.numel() for p in nets[name].parameters()), flops(nets[name], 297)
+        print(
+            f"  {name:<12} {count:12,} parameters {work / 1e9:6.1f} G multiply-adds {value:6.2f} s "
+            f"{value / seconds['segedu']:5.2f} x"
+        )
+
+
 def crf(rounds: int = 3) -> None:
     """Dense CRF, 10 steps with set-up, 21 classes, photos of 500 x 500, beside pydensecrf; and its gradient, 5 steps."""
     import skimage.data
@@ -276,6 +315,75 @@ print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:6.
         print(f"  {settings:<16} {backend:<10} {done.stdout.strip() or done.stderr.splitlines()[-1]}")
 
 
+def saved_for_backward(model: torch.nn.Module, side: int, pictures: int = 2) -> int:
+    """Bytes a picture that a training step keeps for its backward pass, without the weights; model on the meta device.
+
+    Exact and at once: nothing is computed. `pictures`: two, as batch norm of a 1x1 map needs.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(torch.empty(pictures, 3, side, side))
+        _loss = F.cross_entropy(logits, torch.empty(pictures, side, side, dtype=torch.long))
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own) // pictures
+
+
+def refinenet_memory(side: int = 512) -> None:
+    """RefineNet, scores at stride 4, beside DeepLab v2 and v3 at output stride 8: ResNet-101, one picture of side x side.
+
+    Training: what is saved for the backward pass, and weights with gradient and momentum, by arithmetic. Test: the most
+    memory of a forward pass over what its process had with the model in it, each in a process of its own.
+    """
+    import segedu as sg
+
+    nets = {"RefineNet": ("RefineNet", 4), "DeepLab v2": ("DeepLabV2", 8), "DeepLab v3": ("DeepLabV3", 8),
+            "v3, stride 16": ("DeepLabV3", 16)}  # fmt: skip
+    code = """
+import resource, sys, torch, segedu as sg
+name, stride, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = getattr(sg, name)(21, **({"output_stride": stride} if name == "DeepLabV3" else {})).eval()
+with torch.no_grad():
+    model(torch.rand(1, 3, 33, 33))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model(torch.rand(1, 3, side, side))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    print(f"memory of ResNet-101 with 21 classes, a picture of {side} x {side}, MiB: saved for backward, weights with")
+    print("gradient and momentum, peak of a forward pass")
+    for name, (net, stride) in nets.items():
+        with torch.device("meta"):
+            model = getattr(sg, net)(21, **({"output_stride": stride} if net == "DeepLabV3" else {}))
+        weights = 3 * sum(4 * p.numel() for p in model.parameters())
+        done = subprocess.run([sys.executable, "-c", code, net, str(stride), str(side)], capture_output=True, text=True)
+        peak = f"{int(done.stdout) / 2**20:6.0f}" if done.returncode == 0 else done.stderr.splitlines()[-1]
+        print(f"  {name:<14} {saved_for_backward(model, side) / 2**20:6.0f} {weights / 2**20:6.0f} {peak}")
+
+
+def autodeeplab_memory() -> None:
+    """What a training step keeps for its gradients: the relaxed network, at the paper's search size, and the one decoded."""
+    from segedu.models.autodeeplab import AutoDeepLab, SuperNet
+
+    images = torch.rand(2, 3, 161, 161)
+    print("Auto-DeepLab, F = 8, kept by a training step of 2 pictures of 161 x 161")
+    for name, net in (("relaxed", SuperNet(19)), ("decoded", AutoDeepLab(19, filters=8))):
+        own, kept = {p.data_ptr() for p in net.parameters()}, {}
+
+        def keep(t: torch.Tensor, own: set = own, kept: dict = kept) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() * (t.data_ptr() not in own)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = net(images).square().mean()
+        count = sum(p.numel() for p in net.parameters())
+        print(f"  {name:<10} {count:12,} parameters {sum(kept.values()) / 2**20:8.0f} MiB")
+        del loss
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     confusion()
@@ -283,8 +391,11 @@ if __name__ == "__main__":
     unpooling()
     dilated_resnet()
     deeplab_v3()
+    pspnet()
     crf()
     crf_memory()
+    refinenet_memory()
+    autodeeplab_memory()
     torch.set_num_threads(1)
     print("1 thread")
     crf()

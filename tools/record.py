@@ -12,6 +12,7 @@ import itertools
 import json
 import platform
 import subprocess
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
 
 import segedu as sg
 from segedu.backbones import he_init
@@ -30,12 +32,17 @@ from segedu.checkpoint import load_checkpoint
 from segedu.crf import CRFasRNN, DenseCRF, WithCRF
 from segedu.data.cells import merged
 from segedu.layers import coarse_loss, freeze, normalize, pool_with_switches, unpool
+from segedu.metrics import VOID, confusion_matrix
+from segedu.models.autodeeplab import SuperNet, trellis
 from segedu.models.deconvnet import Ensemble, ObjectCrops, OverProposals, ProposalCrops, grid_boxes
 from segedu.models.deeplab_v2 import MultiScale, multiscale_loss
 from segedu.models.dilation import Context, load_front_end
 from segedu.models.fcn import load_coarser, sampled_loss
+from segedu.models.pspnet import PyramidPooling, auxiliary_loss
 from segedu.models.segnet import balanced_loss, median_frequency
 from segedu.models.unet import border_loss
+from segedu.search import Search
+from segedu.search import search as architecture_search
 from segedu.training import Loss, pixel_loss
 
 ROOT = Path(__file__).parents[1]
@@ -91,13 +98,24 @@ class UNetAlone(sg.UNet):
         return torch.cat([up, torch.zeros_like(skip)], dim=1)
 
 
+class GCNShifted(sg.GCN):
+    """GCN that doubles its maps by plain interpolation: cells lie up to 15.5 pixels off those that they are added to."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        *finer, c5 = self.backbone(normalize(images))
+        x = self.score5(c5)
+        for score, c in zip((self.score4, self.score3, self.score2), reversed(finer), strict=True):
+            x = score(c) + F.interpolate(x, c.shape[-2:], mode="bilinear")
+        return F.interpolate(x, images.shape[-2:], mode="bilinear")
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: what to build, on what, how. `start` may change the fresh model, by training a coarser one first."""
 
     experiment: str
     name: str
-    arguments: dict
+    arguments: dict | Callable[[int], dict]  # or what they are for a seed
     model: Callable[..., nn.Module] = sg.FCN
     recipe: sg.recipes.Recipe = TOYTOWN
     data: str = "toytown"
@@ -134,7 +152,10 @@ V2 = {"backbone": "vgg16", "width": 1 / 8}
 V2_RESNET = {"backbone": "resnet14", "rates": (1, 2, 3, 4), "width": 1 / 4}
 V3 = {"depth": 14, "output_stride": 8, "rates": (2, 4, 6), "width": 1 / 4}  # 13 x 17 cells: as 6, 12, 18 on 33 x 33
 V3_16 = V3 | {"output_stride": 16, "rates": (1, 2, 3)}
+PSPNET = {"depth": 14, "stem": "7x7", "width": 1 / 8}  # 13 x 17 cells
 DILATION = {"pad": 0, "width": 1 / 8}
+GCN = {"depth": 14, "refine": False, "width": 1 / 4}  # maps of 25 x 33, 13 x 17, 7 x 9 and 4 x 5 cells
+REFINENET = {"depth": 14, "width": 1 / 8}  # 25 x 33 cells of stride 4: four times those of stride 8
 CROPS = replace(sg.recipes.MINI, scale=(250 / 224, 250 / 224))
 
 
@@ -257,6 +278,60 @@ def multi_scale(num_classes: int, **arguments: object) -> MultiScale:
     return MultiScale(sg.DeepLabV2(num_classes, **arguments))
 
 
+class Unpooled(PyramidPooling):
+    """The pyramid's weights on every cell by itself: as many parameters, no parts that are pooled."""
+
+    def pooled(self, x: Tensor, b: int) -> Tensor:
+        return x
+
+
+def with_river(data: Dataset) -> Dataset:
+    """Training scenes that all have a river, so that boats are not rare: the question is what surrounds a hull."""
+    return sg.Toytown("train", river=True)
+
+
+def without_pooling(num_classes: int, **arguments: object) -> sg.PSPNet:
+    model = sg.PSPNet(num_classes, **arguments)
+    model.pyramid = Unpooled(model.pyramid.c_in, model.pyramid.bins)
+    return model
+
+
+@torch.no_grad()
+def confusion(model: nn.Module, data: Dataset, pictures: int, hulls: bool = False) -> Tensor:
+    """(K, K) counts on the first pictures of the data; `hulls`: on the pixels of hulls alone."""
+    total = torch.zeros(len(data.classes), len(data.classes), dtype=torch.long)
+    for i in range(pictures):
+        image, target = data[i]
+        target = target.where(data.hulls(i), VOID) if hulls else target
+        total += confusion_matrix(sg.predict(model, image), target, len(data.classes))
+    return total
+
+
+class Watched:
+    """A loss that scores the model on 40 pictures of val before the steps 0, 50, 100 ... of a training."""
+
+    def __init__(self, loss: Loss, steps: int) -> None:
+        self.loss, self.steps, self.seen, self.curve = loss, steps, 0, []
+        self.val = sg.Toytown("val", size=40)
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        if self.seen % 50 == 0:
+            self.score(model)
+        self.seen += 1
+        return self.loss(model, images, target)
+
+    def score(self, model: nn.Module) -> None:
+        scores = sg.Scores(confusion(model, self.val, len(self.val)))
+        self.curve.append({"step": self.seen, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy})
+
+    def measured(self, model: nn.Module, test: Dataset) -> dict:
+        """The curve, and the confusion matrix of the test set's hulls."""
+        if self.seen != self.steps:
+            raise ValueError(f"{self.seen} of {self.steps} steps were watched; delete the checkpoint and run it anew")
+        self.score(model)
+        return {"hulls": confusion(model, test, len(test), hulls=True).tolist(), "curve": self.curve}
+
+
 VALIDATION = 20  # pictures that CRF parameters are searched and learned on
 
 
@@ -358,6 +433,88 @@ def balanced(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     return balanced_loss(toytown_weights())(model, images, target)
 
 
+MINI_SPACE = {"layers": 6, "filters": 4, "blocks": 2, "operators": ("sep3", "atrous3", "max3", "skip", "zero"), "reach": 24,
+              "width": 1 / 8}  # fmt: skip
+MINI_SEARCH = sg.recipes.Recipe(steps=140, batch=4, lr=0.05, least=0.002, weight_decay=3e-4, flip=True,
+                                source="ours: Auto-DeepLab's for the mini space")  # fmt: skip
+EQUAL_COST = 40e6  # multiply-adds of a forward of one picture of Toytown
+BY_HAND = ((("sep3", 0), ("sep3", 1)), (("sep3", 2), ("sep3", 0)))
+
+
+@cache
+def searched(seed: int) -> Search:
+    """Auto-DeepLab's search in the mini space, weights on one half of Toytown's pictures, alpha and beta on the other."""
+    train = sg.Toytown("train")
+    middle = len(train) // 2
+    torch.manual_seed(seed)
+    supernet = SuperNet(len(train.classes), **MINI_SPACE)
+    return architecture_search(
+        supernet, Subset(train, range(middle)), Subset(train, range(middle, len(train))), MINI_SEARCH, start=40, lr=0.05,
+        seed=seed, checkpoint=ROOT / "runs" / f"autodeeplab-search-seed{seed}.safetensors",
+    )  # fmt: skip
+
+
+def drawn(seed: int, i: int) -> tuple[Sequence, Sequence[int]]:
+    """A cell and a path by chance: operators, pairs of states, steps, each as likely as the others of its kind."""
+    torch.manual_seed(1000 * seed + i)
+    names = [name for name in MINI_SPACE["operators"] if name != "zero"]
+    cell = tuple(
+        tuple(
+            (names[torch.randint(len(names), ()).item()], state) for state in sorted(torch.randperm(2 + b)[:2].tolist())
+        )
+        for b in range(MINI_SPACE["blocks"])
+    )
+    path = [0]
+    for steps in trellis(MINI_SPACE["layers"]):
+        path.append(path[-1] - 1 + torch.multinomial(steps[path[-1]].float(), 1).item())
+    return cell, tuple(path[1:])
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Of a forward of one picture of Toytown."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, 3, 96, 128, device=next(model.parameters()).device))
+    return counter.get_total_flops() // 2
+
+
+def at_equal_cost(cell: Sequence, path: Sequence[int]) -> dict:
+    """Arguments of the decoded net, with the number of filters that brings its multiply-adds nearest to EQUAL_COST."""
+    fixed = {"path": path, "cell": cell, "width": 1 / 8}
+    fixed["rates"] = [max(1, pixels // (4 * 2 ** path[-1])) for pixels in (16, 32, 48)]  # as V3's at stride 8
+
+    def macs(filters: int) -> int:
+        with torch.device("meta"):
+            return multiply_adds(sg.AutoDeepLab(11, filters=filters, **fixed))
+
+    many = 2 + bisect_left(range(2, 256), EQUAL_COST, key=macs)
+    return {"filters": min((many - 1, many), key=lambda filters: abs(macs(filters) - EQUAL_COST)), **fixed}
+
+
+def books(model: sg.AutoDeepLab, test: Dataset) -> dict:
+    """Multiply-adds and parameters."""
+    return {"macs": multiply_adds(model), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def with_search(model: sg.AutoDeepLab, seed: int) -> sg.AutoDeepLab:
+    """How the search went, to be kept beside the scores."""
+    found = searched(seed)
+    model.found = {
+        "space": MINI_SPACE,
+        "search": {
+            "recipe": asdict(found.recipe),
+            "seconds": round(found.seconds, 1),
+            "steps": found.steps,
+            "transitions": [
+                [[[round(p, 4) for p in node] for node in row] for row in t] for t in found.transitions.tolist()
+            ],
+            "alphas": [[[round(p, 3) for p in edge] for edge in t] for t in found.alphas.tolist()],
+            "loss": [round(value, 4) for value in found.loss],
+            "architecture_loss": [round(value, 4) for value in found.architecture_loss],
+        },
+    }
+    return model
+
+
 def jobs() -> Iterator[Job]:
     for stride in (32, 16, 8):
         yield Job("skips", f"fcn{stride}s", {"stride": stride, **SMALL})
@@ -449,6 +606,46 @@ def jobs() -> Iterator[Job]:
     for stride, arguments in ((8, V3), (16, V3_16)):
         arguments = {"backbone": "resnet14", **{key: arguments[key] for key in ("output_stride", "rates", "width")}}
         yield Job("decoder", f"deeplab-v3plus-os{stride}", arguments, **plus)
+    for name, experiment, arguments in (
+        ("pyramid", "context", {}), ("local", "context", {}), ("global", "context", {"bins": (1,)}),
+        ("auxiliary", "auxiliary", {"auxiliary": True}), ("max", "context", {"pool": "max"}),
+    ):  # fmt: skip
+        watched = Watched(auxiliary_loss() if name == "auxiliary" else pixel_loss, short.steps)
+        yield Job(experiment, f"pspnet-{name}", PSPNET | arguments, chapter="11_pspnet", recipe=short, loss=watched,
+                  model=without_pooling if name == "local" else sg.PSPNet, pictures=with_river,
+                  measured=watched.measured)  # fmt: skip
+    gcn = {"model": sg.GCN, "recipe": short, "chapter": "12_gcn"}
+    yield Job("kernel", "gcn-free-k1", GCN | {"block": "trivial", "k": 1}, **gcn)
+    for k in (3, 5, 7):
+        yield Job("kernel", f"gcn-separable-k{k}", GCN | {"k": k}, **gcn)
+    yield Job("kernel", "gcn-separable-map", GCN | {"k": (25, 13, 7, 3)}, **gcn)  # as wide as each map is high, odd
+    yield Job("refinement", "gcn-refined", GCN | {"k": 7, "refine": True}, **gcn)
+    for block, k in (("trivial", 1), ("gcn", 3), ("gcn", 7)):
+        yield Job("shift", f"gcn-shifted-k{k}", GCN | {"block": block, "k": k}, **gcn | {"model": GCNShifted})
+    for name, k in (("free", 7), ("stacked", 7), ("free", 3), ("free", 5)):
+        arguments = GCN | {"block": {"free": "trivial", "stacked": "stack"}[name], "k": k}
+        yield Job("rivals", f"gcn-{name}-k{k}", arguments, **gcn)
+    careful = replace(TOYTOWN, steps=400, lr=1.5e-3)  # for nets without batch norm in their larger half
+    refinenet = {"model": sg.RefineNet, "recipe": careful, "chapter": "13_refinenet"}
+    for name, arguments in (
+        ("4-cascaded", {}), ("no-pooling", {"pools": 0}), ("single", {"cascades": 1}), ("no-units", {"units": (0, 0, 0)}),
+        ("2-cascaded", {"cascades": 2}),
+    ):  # fmt: skip
+        yield Job("blocks", f"refinenet-{name}", REFINENET | arguments, **refinenet)
+    fast = refinenet | {"recipe": replace(careful, lr=TOYTOWN.lr)}
+    for stride, rates, pooling in ((32, (), False), (8, (2, 4, 6), True)):  # the same trunk: as it is, and dilated
+        arguments = REFINENET | {"output_stride": stride, "rates": rates, "image_pooling": pooling}
+        yield Job("resolution", f"refinenet-rival-os{stride}", arguments, **refinenet | {"model": sg.DeepLabV3})
+        yield Job("fast", f"refinenet-rival-os{stride}-fast", arguments, **fast | {"model": sg.DeepLabV3})
+    for name, arguments in (("4-cascaded", {}), ("single", {"cascades": 1})):
+        yield Job("fast", f"refinenet-{name}-fast", REFINENET | arguments, **fast)
+    decoded = {"model": sg.AutoDeepLab, "recipe": short, "measured": books, "chapter": "14_autodeeplab"}
+    yield Job("search", "autodeeplab-searched", lambda seed: at_equal_cost(searched(seed).cell, searched(seed).path),
+              scored=with_search, **decoded)  # fmt: skip
+    for name, path in (("deeplab", (0, 1, 2, 2, 2, 2)), ("unet", (0, 1, 2, 3, 2, 1))):
+        yield Job("hand", f"autodeeplab-{name}-path", at_equal_cost(BY_HAND, path), **decoded)
+    for i in range(3):
+        yield Job("random", f"autodeeplab-random-{i}", lambda seed, i=i: at_equal_cost(*drawn(seed, i)), **decoded)
     nets = {
         "fcn32s": (sg.FCN, {"stride": 32, **SMALL}, TOYTOWN), "fcn8s": (sg.FCN, {"stride": 8, **SMALL}, TOYTOWN),
         "unet": (sg.UNet, {"width": 1 / 8}, TOYTOWN), "deeplab-v1-3x3-r3": (sg.DeepLabV1, FOV, short),
@@ -481,8 +678,9 @@ def record(job: Job, seed: int) -> None:
         return
     data = {"toytown": sg.Toytown, "camvid": sg.CamVid, "cells": sg.Cells}[job.data]
     train, test = data("train"), data("test")
+    arguments = job.arguments(seed) if callable(job.arguments) else job.arguments
     torch.manual_seed(seed)
-    model = job.model(len(train.classes), **job.arguments)
+    model = job.model(len(train.classes), **arguments)
     checkpoint = ROOT / "runs" / f"{job.weights or job.name}-{job.data}-mini-seed{seed}.safetensors"
     if job.start is not None and not checkpoint.exists():
         job.start(model, seed)
@@ -494,7 +692,7 @@ def record(job: Job, seed: int) -> None:
         "chapter": job.chapter,
         "experiment": job.experiment,
         "model": job.model.__name__,
-        "arguments": job.arguments,
+        "arguments": arguments,
         "data": job.data,
         "split": "test",
         "scale": "mini",

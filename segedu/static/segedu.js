@@ -94,6 +94,8 @@ textarea {
 .silent { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
 @media (prefers-reduced-motion: no-preference) { .track i { transition: width 0.15s; } }
+.levels { display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 0.7rem; margin-bottom: 0.7rem; }
+.levels > div { display: grid; gap: 0.4rem; align-content: start; max-width: 15rem; }
 .two { grid-template-columns: 1fr 1fr; }
 .small-large { grid-template-columns: 2fr 3fr; }
 .three { grid-template-columns: 1fr 1fr; }
@@ -153,15 +155,16 @@ function presets(label, names, act) {
   return { element: h("div", { class: "row", role: "group", "aria-label": label }, ...buttons), press };
 }
 
-/** One of several, as native radio buttons. `options`: {text, colour?, key?}; `limit(n)` offers only the first n. */
+/** One of several, as native radio buttons. `options`: {text, colour?, key?}; `limit(n)` offers only the first n, `offer(shown)` those i with shown(i). */
 function choice(label, options, act) {
   const inputs = options.map((_, i) => h("input", { type: "radio", name: label, change: () => act(i) }));
   const chips = options.map(({ text, colour, key }, i) =>
     h("label", { class: "chip" }, inputs[i], ...(colour ? [swatch(colour)] : []), text, ...(key ? [h("kbd", { "aria-hidden": "true" }, key)] : [])));
   inputs[0].checked = true;
   const pick = (i) => (inputs[i].checked = true);
-  const limit = (n) => chips.forEach((chip, i) => (chip.hidden = i >= n));
-  return { element: h("fieldset", {}, h("legend", {}, label), h("div", { class: "row" }, ...chips)), pick, limit };
+  const offer = (shown) => chips.forEach((chip, i) => (chip.hidden = !shown(i)));
+  const limit = (n) => offer((i) => i < n);
+  return { element: h("fieldset", {}, h("legend", {}, label), h("div", { class: "row" }, ...chips)), pick, limit, offer };
 }
 
 function toggle(label, checked, act) {
@@ -289,10 +292,10 @@ const labelColour = (labels, palette) => (i) => (labels[i] === VOID ? VOID : pal
 /** A frame that is seen on every colour, around `size` x `size` cells. */
 const mark = (view, row, col, size = 1) => outline(view, row - (size - 1) / 2, col - (size - 1) / 2, size, size);
 
-/** A frame around height x width cells from (row, col) on. */
-function outline({ canvas, context, rows, cols }, row, col, height, width) {
+/** A frame around height x width cells from (row, col) on, of black and white lines so wide. */
+function outline({ canvas, context, rows, cols }, row, col, height, width, [black, white] = [5, 2]) {
   const [dy, dx] = [canvas.height / rows, canvas.width / cols];
-  for (const [colour, line] of [["#000", 5], ["#fff", 2]]) {
+  for (const [colour, line] of [["#000", black], ["#fff", white]]) {
     context.strokeStyle = colour;
     context.lineWidth = line;
     context.strokeRect(col * dx, row * dy, width * dx, height * dy);
@@ -1797,9 +1800,520 @@ function asppLab(state, tell) {
   return element;
 }
 
+// ---- pyramid lab: the bins of adaptive pooling, and what a cell is told of them (chapter 11) -------------------------
+
+const [CHANNELS, MOST_BINS] = [2048, 8]; // channels of the map that PSPNet pools
+
+/** Adaptive pooling along an axis of n cells, as torch cuts it: [first, last + 1] of each bin. Neighbours overlap where a border falls inside a cell. */
+const cuts = (n, bins) => Array.from({ length: bins }, (_, i) => [Math.floor((i * n) / bins), Math.ceil(((i + 1) * n) / bins)]);
+
+/** The means of rows x cols bins of one channel. */
+function pooled(map, rows, cols) {
+  const across = cuts(map.cols, cols);
+  const values = cuts(map.rows, rows).flatMap(([top, bottom]) => across.map(([left, right]) => {
+    let sum = 0;
+    for (let row = top; row < bottom; row++) for (let col = left; col < right; col++) sum += map.values[row * map.cols + col];
+    return sum / ((bottom - top) * (right - left));
+  }));
+  return { rows, cols, values };
+}
+
+/** A channel enlarged to height x width, bilinear, corner cells on corner cells (align_corners=True): its value at (row, col). */
+function enlarged({ rows, cols, values }, height, width) {
+  const place = (i, n, size) => (size > 1 ? (i * (n - 1)) / (size - 1) : 0);
+  return (row, col) => {
+    const [y, x] = [place(row, rows, height), place(col, cols, width)];
+    const [top, left] = [Math.floor(y), Math.floor(x)];
+    const [bottom, right] = [clamp(top + 1, rows), clamp(left + 1, cols)];
+    const along = (row) => values[row * cols + left] + (x - left) * (values[row * cols + right] - values[row * cols + left]);
+    return along(top) + (y - top) * (along(bottom) - along(top));
+  };
+}
+
+function pyramidLab(state, tell) {
+  const { rows, cols, left, names } = state;
+  const scenes = state.scenes.map(({ rgb, labels }) => {
+    const bytes = Uint8Array.from(atob(rgb), (character) => character.charCodeAt(0));
+    const [r, g, b] = [0, 1, 2].map((c) => Float64Array.from({ length: rows * cols }, (_, i) => bytes[3 * i + c]));
+    const [water, road] = [1, 2].map((label) => unpack(labels).map((value) => +(value === label)));
+    return { bytes, channels: [[r, g, b], [r.map((value, i) => (value + g[i] + b[i]) / 3)], [b], [water], [road]] };
+  });
+  const views = [
+    { text: "colour", digits: 0, unit: " of 255", colourOf: (value) => value.map(Math.round) },
+    { text: "brightness", digits: 0, unit: " of 255", colourOf: ([value]) => new Array(3).fill(Math.round(value)) },
+    { text: "blue", digits: 0, unit: " of 255", colourOf: ([value]) => heat(value, 255) },
+    { text: "water (labels)", digits: 2, unit: "", colourOf: ([value]) => heat(value, 1) },
+    { text: "road (labels)", digits: 2, unit: "", colourOf: ([value]) => heat(value, 1) },
+  ];
+  const cursor = { row: 0, col: 0 };
+  let [map, scene, channel, levels, level] = [state.maps[state.map], 0, 0, [], 0]; // levels: bins a side, of each; level: the one drawn over the picture
+  let maps, means; // of each scene: its channels as cells of the map, and of each level the channels as bins
+
+  const photo = picture("", 1, 1, 660, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  const cells = picture("", 1, 1, 660, { class: "probe", role: "img" });
+  const panels = Array.from({ length: MOST_BINS }, () => [0, 1].map(() => picture("", 1, 1, 240, { role: "img" })));
+  const pairs = panels.map(([blocks, smooth]) => h("div", {}, blocks.element, smooth.element));
+  const sizes = choice("Map", state.maps, (i) => (measure(state.maps[i]), update()));
+  const pictures = choice("Picture", names.map((text) => ({ text })), (i) => ((scene = i), update()));
+  const kinds = choice("Channel", views, (i) => ((channel = i), measure(map), update()));
+  const sets = presets("Pyramids", state.presets.map(({ name }) => name), (i) => open(i));
+  const boxes = panels.map((_, i) => toggle(`${i + 1}`, false, (on) => switchLevel(i + 1, on)));
+  const which = choice("Drawn over the picture", panels.map((_, i) => ({ text: nByN(i + 1) })), (i) => ((level = i + 1), update()));
+  const [note, status, where, verdict] = [h("p", { class: "note" }), h("p"), h("p", { style: "margin-top: 0.6rem" }), h("p", { class: "note" })];
+  const [lies, given] = [h("table", { class: "numbers stack" }), h("table", { class: "numbers stack" })];
+
+  const { element, announce } = frame(
+    state.title, state.lead, pictures.element, sizes.element, kinds.element, sets.element,
+    h("fieldset", {}, h("legend", {}, "Levels, in bins a side"), h("div", { class: "row wide" }, ...boxes)), note,
+    which.element, status,
+    h("div", { class: "columns" }, photo.element, cells.element), where,
+    h("p", { style: "font-weight: 600; margin: 0" }, "The means of the bins, and the same enlarged to the size of the map"),
+    h("div", { class: "levels" }, ...pairs),
+    verdict, given, lies,
+    h("p", { class: "hint", id: "keys" },
+      "Point at a picture to choose a cell. Keys in the first picture: arrows move, with shift 4 cells; 1 to 8 choose the level that is drawn, of those that are on; space changes the picture. " +
+      "Rows, columns and bins are counted from 0. The picture is divided evenly among the cells of the map; in the network a cell also sees far beyond its part. " +
+      "Here a channel is a colour or what the labels say. PSPNet pools 2048 learned channels in the same way."),
+  );
+
+  function open(i) {
+    levels = [...state.presets[i].bins];
+    level = levels.at(-1);
+    measure(map);
+    update();
+  }
+
+  function switchLevel(n, on) {
+    const now = levels.filter((one) => one !== n).concat(on ? [n] : []).sort((a, b) => a - b);
+    if (now.length) levels = now;
+    if (on || !levels.includes(level)) level = on ? n : levels.at(-1);
+    measure(map);
+    update();
+    if (!now.length) note.textContent = "One level has to stay: without any, the head has the map alone.";
+  }
+
+  /** Takes a map and the cell at the same place of it; pools both pictures. A square map is of the square part of the picture. */
+  function measure(to) {
+    const [before, beside] = part(map);
+    const [y, x] = [(cursor.row + 0.5) / map.rows, before + ((cursor.col + 0.5) / map.cols) * beside];
+    map = to;
+    const [from, width] = part(map);
+    Object.assign(cursor, { row: Math.floor(y * map.rows), col: clamp(Math.floor(((x - from) / width) * map.cols), map.cols) });
+    maps = scenes.map(({ channels }) => channels[channel].map((values) => {
+      const cut = width === cols ? values : Float64Array.from({ length: rows * width }, (_, i) => values[Math.floor(i / width) * cols + from + (i % width)]);
+      return pooled({ rows, cols: width, values: cut }, map.rows, map.cols);
+    }));
+    means = maps.map((channels) => levels.map((n) => channels.map((one) => pooled(one, n, n))));
+  }
+
+  /** First column and width of the part of the picture that a map is of. */
+  const part = (map) => (map.rows === map.cols ? [left, rows] : [0, cols]);
+  /** [first, last + 1] cells -> pixels of the picture. */
+  const pixels = ([first, end], n, size) => [Math.floor((first * size) / n), Math.ceil((end * size) / n)];
+  const range = ([first, end]) => (end - first > 1 ? `${first}–${end - 1}` : String(first));
+  const box = (down, across) => `${range(down)} × ${range(across)}`;
+  const text = (value) => h("span", {}, swatch(views[channel].colourOf(value)), ` ${value.map((one) => fixed(one, views[channel].digits)).join(" ")}`);
+  const named = (n) => (n > 1 ? `${nByN(n)} bins` : "1 bin");
+  const width = () => Math.floor(CHANNELS / levels.length);
+  /** The numbers of the bins along an axis that a cell lies in: two where they overlap. */
+  const inside = (i, n, bins) => cuts(n, bins).flatMap(([first, end], bin) => (first <= i && i < end ? [bin] : []));
+
+  /** How an axis is cut, in words. */
+  function sides(n, names) {
+    const bins = cuts(n, level);
+    if (n % level === 0) return `${n} ${names}: ${level} bins of ${n / level}, none overlap.`;
+    const shared = bins.slice(1).flatMap(([first], i) => (first < bins[i][1] ? [first] : []));
+    return `${n} ${names} do not divide by ${level}: the bins are ${bins.map(range).join(", ")}. In two bins: ${shared.join(", ")}.`;
+  }
+
+  function update() {
+    const is = state.presets.findIndex(({ bins }) => String(bins) === String(levels));
+    sets.press(is);
+    sizes.pick(state.maps.indexOf(map));
+    pictures.pick(scene);
+    kinds.pick(channel);
+    boxes.forEach((label, i) => (label.firstChild.checked = levels.includes(i + 1)));
+    which.offer((i) => levels.includes(i + 1));
+    which.pick(level - 1);
+    const n = levels.length;
+    const sum = CHANNELS + n * width();
+    note.textContent = `${is < 0 ? "A pyramid of your own." : state.presets[is].note} Channels: ${CHANNELS} + ${n} × ${CHANNELS}/${n} = ` +
+      `${CHANNELS} + ${n} × ${width()} = ${sum}${CHANNELS % n ? " (rounded down)" : ""}. Each level's own 1 × 1 convolution makes ${width()} channels of its ${CHANNELS}${n > 1 ? `; it multiplies nothing by 1/${n}` : ""}.`;
+    status.textContent = level === 1 ? `1 bin: the whole map of ${map.rows} × ${map.cols} cells.`
+      : `${named(level)}. ${map.rows === map.cols ? sides(map.rows, "rows and columns") : `${sides(map.rows, "rows")} ${sides(map.cols, "columns")}`}`;
+    const [, across] = part(map);
+    for (const view of [photo, cells]) {
+      view.canvas.height = Math.round((view.canvas.width * rows) / across);
+      divide(view, map.rows, map.cols);
+    }
+    photo.caption.textContent = `${names[scene]}, ${named(level)}`;
+    cells.caption.textContent = `${views[channel].text}, as a map of ${map.rows} × ${map.cols}`;
+    cells.canvas.setAttribute("aria-label", `Map of ${map.rows} by ${map.cols} cells: ${views[channel].text}, with the bins`);
+    draw();
+    announce(`${note.textContent} ${status.textContent} ${look()}`);
+  }
+
+  /** The means of every level, as blocks and enlarged. */
+  function draw() {
+    panels.forEach((pair, i) => {
+      const at = levels.indexOf(i + 1);
+      pairs[i].hidden = at < 0;
+      if (at < 0) return;
+      const own = means[scene][at];
+      const whole = own.map((one) => enlarged(one, map.rows, map.cols));
+      const shown = [
+        [i + 1, i + 1, named(i + 1), (e) => own.map((one) => one.values[e])],
+        [map.rows, map.cols, "enlarged", (e) => whole.map((at) => at(Math.floor(e / map.cols), e % map.cols))],
+      ];
+      shown.forEach(([down, across, title, valueOf], k) => {
+        const view = pair[k];
+        view.canvas.height = Math.round((view.canvas.width * rows) / part(map)[1]);
+        divide(view, down, across);
+        const colours = Array.from({ length: down * across }, (_, e) => views[channel].colourOf(valueOf(e)));
+        view.paint = () => fill(view, (e) => colours[e]);
+        view.caption.textContent = title;
+        view.canvas.setAttribute("aria-label", `${views[channel].text}, means of ${named(i + 1)}${k ? ", enlarged" : ""}`);
+      });
+    });
+  }
+
+  /** Draws the bins of the level over a picture; what lies in two of them is pale. */
+  function bars(view) {
+    const { canvas, context } = view;
+    const [down, across] = [cuts(map.rows, level), cuts(map.cols, level)];
+    const [dy, dx] = [canvas.height / map.rows, canvas.width / map.cols];
+    context.fillStyle = "rgb(255 255 255 / 0.35)";
+    down.slice(1).forEach(([first], i) => context.fillRect(0, first * dy, canvas.width, (down[i][1] - first) * dy));
+    across.slice(1).forEach(([first], i) => context.fillRect(first * dx, 0, (across[i][1] - first) * dx, canvas.height));
+    for (const [colour, line] of [["#000", 3], ["#fff", 1]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = line;
+      for (const [top, bottom] of down) for (const [from, to] of across) context.strokeRect(from * dx, top * dy, (to - from) * dx, (bottom - top) * dy);
+    }
+  }
+
+  /** Draws the cell and its bins, and says what it is given. */
+  function look() {
+    const { row, col } = cursor;
+    const [from, wide] = part(map);
+    const found = levels.map((n) => ({ n, down: inside(row, map.rows, n), across: inside(col, map.cols, n) }));
+    const here = found[levels.indexOf(level)];
+
+    photo.rows = rows;
+    photo.cols = wide;
+    fill(photo, (i) => [...scenes[scene].bytes.subarray(3 * (Math.floor(i / wide) * cols + from + (i % wide))).subarray(0, 3)]);
+    divide(photo, map.rows, map.cols);
+    fill(cells, (i) => views[channel].colourOf(maps[scene].map((one) => one.values[i])));
+    for (const view of [photo, cells]) {
+      bars(view);
+      for (const i of here.down) for (const j of here.across) {
+        const [[top, bottom], [first, end]] = [cuts(map.rows, level)[i], cuts(map.cols, level)[j]];
+        outline(view, top, first, bottom - top, end - first, [11, 5]);
+      }
+      mark(view, row, col, map.rows > 30 ? 3 : 1);
+    }
+    found.forEach(({ n, down, across }) => {
+      const [blocks, smooth] = panels[n - 1];
+      blocks.paint();
+      smooth.paint();
+      for (const i of down) for (const j of across) mark(blocks, i, j);
+      mark(smooth, row, col, map.rows > 30 ? 3 : 1);
+    });
+
+    const line = (name, cells, current) => h("tr", { "aria-current": current ? "true" : null }, h("th", { scope: "row" }, name), ...cells.map((cell) => h("td", {}, cell)));
+    const tabulate = (table, caption, heads, lines) => table.replaceChildren(h("caption", {}, caption),
+      h("thead", {}, h("tr", {}, ...heads.map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, ...lines));
+    tabulate(lies, "The bins that the cell lies in", ["bin", "cells", "pixels", "mean"], found.flatMap(({ n, down, across }, at) =>
+      down.flatMap((i) => across.map((j) => {
+        const [a, b] = [cuts(map.rows, n)[i], cuts(map.cols, n)[j]];
+        const mean = means[scene][at].map((one) => one.values[i * n + j]);
+        return line(`(${i}, ${j}) of ${nByN(n)}`, [box(a, b), box(pixels(a, map.rows, map.height), pixels(b, map.cols, map.width)), text(mean)], n === level);
+      }))));
+
+    const values = scenes.map((_, s) => [
+      maps[s].map((one) => one.values[row * map.cols + col]),
+      ...means[s].map((channels) => channels.map((one) => enlarged(one, map.rows, map.cols)(row, col))),
+    ]);
+    const apart = values[0].map((value, k) => value.reduce((sum, one, c) => sum + Math.abs(one - values[1][k][c]), 0) / value.length);
+    const sources = ["the cell itself", ...levels.map((n) => `from ${named(n)}`)];
+    tabulate(given, "What the head is given at this cell", ["source", "channels", ...names, "apart"], sources.map((name, k) => line(name,
+      [String(k ? width() : CHANNELS), ...values.map((of) => text(of[k])), fixed(apart[k], views[channel].digits)], k && levels[k - 1] === level)));
+
+    where.textContent = `Row ${row}, column ${col} lies in ${here.down.length * here.across.length > 1 ? "bins" : "bin"} ` +
+      `${here.down.flatMap((i) => here.across.map((j) => `(${i}, ${j})`)).join(", ")} of ${nByN(level)}.`;
+    const digits = views[channel].digits;
+    const most = apart.indexOf(Math.max(...apart.slice(1)), 1);
+    const same = apart[0] < 1e-9 ? "the cell itself is the same: alone it cannot tell them apart" : `the cell itself is ${fixed(apart[0], digits)}${views[channel].unit} apart`;
+    verdict.textContent = `In the two pictures ${same}. ` + (apart[most] < 0.5 * 10 ** -digits ? "No level differs either." :
+      `Of the levels, ${named(levels[most - 1])} ${levels[most - 1] > 1 ? "are" : "is"} furthest apart: ${fixed(apart[most], digits)}${views[channel].unit}.`);
+    photo.canvas.setAttribute("aria-label", `${names[scene]}: move the cell`);
+    tell({
+      map: [map.rows, map.cols], pixels: [map.height, map.width], scene, channel, levels: [...levels], level, cell: [row, col], width: width(), total: CHANNELS + levels.length * width(),
+      bins: found.map(({ down, across }) => [down, across]), cuts: levels.map((n) => [cuts(map.rows, n), cuts(map.cols, n)]),
+      means: means.map((of) => of.map((channels) => channels.map((one) => one.values))), values, apart,
+    });
+    return `${where.textContent} ${verdict.textContent}`;
+  }
+
+  for (const view of [photo, cells])
+    for (const type of ["pointerdown", "pointermove"])
+      view.canvas.addEventListener(type, (event) => (([cursor.row, cursor.col] = view.at(event)), look()));
+  steer(photo, cursor, {
+    moved: () => announce(look()),
+    act: () => ((scene = 1 - scene), update()),
+    typed: (key) => levels.includes(+key) && ((level = +key), update(), true),
+  });
+  [cursor.row, cursor.col] = state.cell;
+  open(0);
+  return element;
+}
+
+// ---- trellis: the paths of Auto-DeepLab's search, their probabilities, and other networks as paths (chapter 14) -------
+
+const LEVELS = [4, 8, 16, 32]; // strides
+const stride = (level) => `stride ${LEVELS[level]}`;
+const thousands = (n) => n.toLocaleString("en-GB");
+
+/** All edges of a trellis as {layer, from, to}, layer by layer: from a level after `layer` layers (0: the stem, at level 0) to one after the next. */
+function edgesOf(layers) {
+  const edges = [];
+  for (let layer = 0; layer < layers; layer++)
+    for (let from = 0; from <= Math.min(layer, LEVELS.length - 1); from++)
+      for (const to of [from - 1, from, from + 1]) if (LEVELS[to]) edges.push({ layer, from, to });
+  return edges;
+}
+
+/** What arrives at every node from the stem on: ahead[layer][level], when each edge passes on its `share` of what its node has. */
+function flow(edges, layers, share) {
+  const ahead = Array.from({ length: layers + 1 }, () => new Array(LEVELS.length).fill(0));
+  ahead[0][0] = 1;
+  for (const edge of edges) ahead[edge.layer + 1][edge.to] += ahead[edge.layer][edge.from] * share(edge);
+  return ahead;
+}
+
+/** The path of the highest product of betas: the level after each layer (Viterbi). */
+function likeliest(edges, layers, beta) {
+  const best = Array.from({ length: layers + 1 }, () => new Array(LEVELS.length).fill(-1));
+  const came = best.map((levels) => [...levels]);
+  best[0][0] = 1;
+  for (const edge of edges) {
+    const product = best[edge.layer][edge.from] * beta(edge);
+    if (product < best[edge.layer + 1][edge.to]) continue;
+    best[edge.layer + 1][edge.to] = product;
+    came[edge.layer + 1][edge.to] = edge.from;
+  }
+  const path = [best[layers].indexOf(Math.max(...best[layers]))];
+  for (let layer = layers; layer > 1; layer--) path.unshift(came[layer][path[0]]);
+  return path;
+}
+
+function trellis(state, tell) {
+  const { layers, steps } = state;
+  const bytes = new DataView(Uint8Array.from(atob(state.history), (character) => character.charCodeAt(0)).buffer);
+  const data = Float64Array.from({ length: bytes.byteLength / 4 }, (_, i) => bytes.getFloat32(4 * i, true));
+  const edges = edgesOf(layers);
+  const [MOST, OWN] = [0, state.paths.length + 1];
+  const names = ["Most probable", ...state.paths.map(({ name }) => name), "Your own"];
+  const [left, top, right, bottom] = [150, 60, 60, 120];
+  let moment = steps.length - 1;
+  let shown = state.shown;
+  let [own, refused, timer] = [[], "", null];
+  let edge = edges.find(({ layer, from, to }) => layer === Math.min(2, layers - 1) && from === 0 && to === 1);
+
+  const view = picture("", 10, layers, 10, { class: "probe", role: "application", tabindex: "0", "aria-describedby": "keys" });
+  Object.assign(view.canvas, { width: 1300, height: 720 });
+  const [dx, dy] = [(view.canvas.width - left - right) / layers, (view.canvas.height - top - bottom) / (LEVELS.length - 1)];
+  const [x, y] = [(layer) => left + layer * dx, (level) => top + level * dy];
+  const when = slider("Moment of the search", { min: 0, max: steps.length - 1, step: 1, value: moment, text: (i) => `step ${thousands(steps[i])} (${i + 1} of ${steps.length})` }, (i) => (halt(), go(i)));
+  const play = h("button", { type: "button", hidden: matchMedia("(prefers-reduced-motion: reduce)").matches, click: () => (timer ? halt() : run()) }, "Play");
+  const which = choice("Path", names.map((text) => ({ text })), (i) => ((shown = i), (refused = ""), update()));
+  const anew = h("button", { type: "button", click: () => ((own = []), (shown = OWN), (refused = ""), update()) }, "Draw your own anew");
+  const [note, refusal, where, lengths] = [h("p", { class: "note" }), h("p"), h("p", { class: "note", style: "margin-top: 0.6rem" }), h("p", { class: "below" })];
+  const table = h("table", { class: "numbers stack" });
+  const searched = h("div", {}, when.element, h("div", { class: "row" }, play));
+  searched.hidden = steps.length < 2;
+
+  const { element, announce } = frame(
+    state.title, state.lead, searched, which.element, note, view.element, where,
+    h("div", { class: "row" }, anew), refusal, table, lengths,
+    h("p", { class: "hint", id: "keys" },
+      "Blue: the steps, the wider the more probable. Orange: the path chosen above. Black dashes: the most probable path. Point at a step for its beta; press on a node to lead your own path there. " +
+      "Keys in the picture: left and right change the layer, up and down the step; Enter takes that step; 1 to 4 lead your path on to stride 4, 8, 16 or 32, Backspace takes one back."),
+  );
+
+  const at = ({ layer, from, to }) => data[((moment * layers + layer) * LEVELS.length + from) * 3 + to - from + 1];
+  const number = (path) => path.reduce((product, to, layer) => product * at({ layer, from: layer ? path[layer - 1] : 0, to }), 1);
+  const counts = Array.from({ length: layers }, (_, i) => flow(edges, layers, () => 1)[i + 1].reduce((a, b) => a + b));
+  const total = counts.at(-1);
+  const after = (layer) => (layer ? `after layer ${layer}` : "of the stem");
+  const spell = (path) => path.map((level) => LEVELS[level]).join(" ");
+  const oneIn = (p) => (p >= 0.01 ? `${fixed(100 * p, 1)} %` : p ? `1 in ${thousands(Math.round(1 / p))}` : "never");
+  const times = (p) => (p * total >= 100 ? thousands(Math.round(p * total)) : p && p * total < 0.01 ? "< 0.01" : fixed(p * total, 2));
+  const pathOf = (i) => (i === MOST ? likeliest(edges, layers, at) : i === OWN ? own : state.paths[i - 1].levels);
+
+  function go(i) {
+    moment = i;
+    when.set(i);
+    update();
+  }
+
+  function run() {
+    if (moment === steps.length - 1) go(0);
+    play.textContent = "Pause";
+    timer = setInterval(() => (go(moment + 1), moment === steps.length - 1 && halt()), Math.min(600, Math.max(100, 8000 / steps.length)));
+  }
+
+  function halt() {
+    clearInterval(timer);
+    timer = null;
+    play.textContent = "Play";
+  }
+
+  /** Leads the own path to a level after so many layers, or says why not. `from` is where the step has to start, if that is given. */
+  function lead(layer, to, from) {
+    const before = layer > 1 ? own[layer - 2] : 0;
+    refused = layer === 0 ? (to ? `Refused: every path starts at the stem, ${stride(0)}.` : "")
+      : layer > layers ? `Your path is complete: ${layers} layers.`
+      : layer > own.length + 1 ? `Refused: your path has ${own.length} ${own.length === 1 ? "layer" : "layers"}, so layer ${own.length + 1} is next.`
+      : from !== undefined && from !== before ? `Refused: this step starts at ${stride(from)}, and your path is at ${stride(before)} ${after(layer - 1)}.`
+      : Math.abs(to - before) > 1 ? `Refused: from ${stride(before)} to ${stride(to)} is more than one level. A step halves the resolution, keeps it or doubles it.` : "";
+    shown = OWN;
+    if (!refused) {
+      own = layer ? [...own.slice(0, layer - 1), to] : [];
+      if (layer) edge = edges.find((one) => one.layer === layer - 1 && one.from === before && one.to === to);
+    }
+    update();
+    return true;
+  }
+
+  function update() {
+    const path = pathOf(shown);
+    which.pick(shown);
+    const done = path.length === layers;
+    const about = shown === MOST ? state.most : shown !== OWN ? state.paths[shown - 1].note
+      : done ? "Your path." : `Your path has ${path.length} of ${layers} layers: press on a node of layer ${path.length + 1}, or 1 to 4 in the picture.`;
+    note.textContent = `${about} ${path.length ? `Strides: ${spell(path)}. ${done ? "Its probability" : "Its probability so far"}: ${oneIn(number(path))}.` : ""}`;
+    refusal.textContent = refused;
+    refusal.hidden = !refused;
+    view.caption.textContent = steps.length > 1 ? `Layers from left to right, at step ${thousands(steps[moment])}` : "Layers from left to right, strides downwards";
+    view.canvas.setAttribute("aria-label", `Trellis of ${layers} layers and strides 4 to 32, path ${names[shown]}`);
+    const head = ["path", "probability", "times the mean"].map((text) => h("th", { scope: "col" }, text));
+    const rows = names.map((name, i) => {
+      const levels = pathOf(i);
+      const whole = levels.length === layers;
+      const cells = whole ? [oneIn(number(levels)), times(number(levels))] : ["not complete", "–"];
+      return h("tr", { "aria-current": i === shown ? "true" : null }, h("th", { scope: "row" }, name), ...cells.map((text) => h("td", {}, text)));
+    });
+    table.replaceChildren(h("caption", {}, `Probability of each path; the mean of all ${thousands(total)} is 1 in ${thousands(total)}`), h("thead", {}, h("tr", {}, ...head)), h("tbody", {}, ...rows));
+    lengths.textContent = `Paths by number of layers, 1 to ${layers}: ${counts.map(thousands).join("; ")}.`;
+    announce(`${refused || note.textContent} ${look()}`);
+  }
+
+  /** Draws it and says what the chosen step is. */
+  function look() {
+    const { canvas, context } = view;
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    const line = (colour, width, points, dash = []) => {
+      Object.assign(context, { strokeStyle: colour, lineWidth: width, lineJoin: "round", lineCap: dash.length ? "butt" : "round" });
+      context.setLineDash(dash);
+      context.beginPath();
+      points.forEach(([layer, level]) => context.lineTo(x(layer), y(level)));
+      context.stroke();
+      context.setLineDash([]);
+    };
+    const ends = ({ layer, from, to }) => [[layer, from], [layer + 1, to]];
+    const walk = (path) => [[0, 0], ...path.map((level, i) => [i + 1, level])];
+    for (const one of edges) line(`rgb(0 114 178 / ${0.12 + 0.88 * at(one)})`, 1.5 + 22 * at(one), ends(one));
+    const path = pathOf(shown);
+    line("rgb(213 94 0)", 9, walk(path));
+    if (shown !== MOST) line("#000", 3.5, walk(pathOf(MOST)), [12, 12]);
+    for (const [colour, width] of [["#000", 15], ["#fff", 9], ["#000", 4]]) line(colour, width, ends(edge));
+    const onPath = (layer, level) => (layer ? path[layer - 1] === level : level === 0);
+    const radius = Math.min(17, 0.3 * dx);
+    for (let layer = 0; layer <= layers; layer++)
+      for (let level = 0; level <= Math.min(layer, LEVELS.length - 1); level++) {
+        context.beginPath();
+        context.arc(x(layer), y(level), radius, 0, 7);
+        context.fillStyle = onPath(layer, level) ? "rgb(213 94 0)" : "#fff";
+        context.fill();
+        Object.assign(context, { strokeStyle: "#000", lineWidth: 3 });
+        context.stroke();
+      }
+    Object.assign(context, { fillStyle: "#000", font: "36px system-ui, sans-serif", textBaseline: "middle", textAlign: "right" });
+    LEVELS.forEach((text, level) => context.fillText(text, left - 60, y(level)));
+    context.textAlign = "center";
+    for (let layer = 0; layer <= layers; layer++) context.fillText(layer || "stem", x(layer), y(LEVELS.length - 1) + 70);
+
+    const { layer, from, to } = edge;
+    const [arrived, passed, ways] = [flow(edges, layers, () => 1), flow(edges, layers, at), waysOn()];
+    const siblings = edges.filter((one) => one.layer === layer && one.from === from);
+    const through = arrived[layer][from] * ways[layer + 1][to];
+    const chance = passed[layer][from] * at(edge);
+    where.textContent = `From ${stride(from)} ${after(layer)} to ${stride(to)} ${after(layer + 1)}: beta ${fixed(at(edge))}. All steps from there: ` +
+      `${siblings.map((one) => `to ${LEVELS[one.to]}: ${fixed(at(one))}`).join(", ")}. ${thousands(through)} of ${thousands(total)} paths take this step, and ${fixed(100 * chance, 1)} % of those drawn by beta.`;
+    const best = pathOf(MOST);
+    tell({
+      layers, moment, step: steps[moment], shown: names[shown], levels: [...path], probability: number(path), viterbi: best, most: number(best), edge: [layer, from, to], beta: at(edge),
+      through, chance, counts, edges: edges.length, own: [...own], refused, playing: timer !== null,
+      probabilities: Object.fromEntries(names.map((name, i) => [name, pathOf(i).length === layers ? number(pathOf(i)) : null])),
+    });
+    return where.textContent;
+  }
+
+  /** How many ways lead on from every node to the end. */
+  function waysOn() {
+    const ways = Array.from({ length: layers + 1 }, () => new Array(LEVELS.length).fill(0));
+    ways[layers].fill(1);
+    for (const one of [...edges].reverse()) ways[one.layer][one.from] += ways[one.layer + 1][one.to];
+    return ways;
+  }
+
+  /** Place on the canvas, in layers and levels. */
+  function place(event) {
+    const box = view.canvas.getBoundingClientRect();
+    const [px, py] = [((event.clientX - box.left) / box.width) * view.canvas.width, ((event.clientY - box.top) / box.height) * view.canvas.height];
+    return [(px - left) / dx, (py - top) / dy];
+  }
+
+  /** The edge nearest to a place, of those that cross its column. */
+  function nearest([layer, level]) {
+    const column = clamp(Math.floor(layer), layers);
+    const off = ({ from, to }) => Math.abs(level - from - (to - from) * Math.min(1, Math.max(0, layer - column)));
+    return edges.filter((one) => one.layer === column).reduce((best, one) => (off(one) < off(best) ? one : best));
+  }
+
+  view.canvas.addEventListener("pointermove", (event) => ((edge = nearest(place(event))), look()));
+  view.canvas.addEventListener("pointerdown", (event) => {
+    const [layer, level] = place(event);
+    const node = [Math.round(layer), Math.round(level)];
+    edge = nearest([layer, level]);
+    if (Math.hypot((layer - node[0]) * dx, (level - node[1]) * dy) < 0.45 * dx && node[0] >= 0 && node[0] <= layers && LEVELS[node[1]]) lead(...node);
+    else look();
+  });
+  const cursor = { row: 0, col: 0 };
+  const column = (layer) => edges.filter((one) => one.layer === layer);
+  view.canvas.addEventListener("keydown", () => { // before `steer`: its rows are the steps of this layer
+    view.rows = column(edge.layer).length;
+    Object.assign(cursor, { col: edge.layer, row: column(edge.layer).indexOf(edge) });
+  });
+  steer(view, cursor, {
+    moved: () => {
+      const same = ({ from, to }) => from === edge.from && to === edge.to;
+      const there = column(cursor.col);
+      edge = cursor.col === edge.layer ? there[cursor.row] : there.find(same) ?? there.at(-1);
+      announce(look());
+    },
+    act: () => lead(edge.layer + 1, edge.to, edge.from),
+    typed: (key) => (LEVELS["1234".indexOf(key)] ? lead(own.length + 1, +key - 1) : key === "Backspace" && own.length ? lead(own.length - 1, own.at(-2) ?? 0) : false),
+  });
+  update();
+  return element;
+}
+
 // ---- the element and the widget -------------------------------------------------------------------------------------
 
-const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab, "crf-playground": crfPlayground, "aspp-lab": asppLab };
+const FIGURES = { "metric-lab": metricLab, "skip-mixer": skipMixer, "upsampling-lab": upsamplingLab, "layer-scrubber": layerScrubber, "field-lab": fieldLab, "crf-playground": crfPlayground, "aspp-lab": asppLab, "pyramid-lab": pyramidLab, trellis };
 
 /** Shows a figure in the shadow of `host`. `emit(value)` gets its numbers; `host.value` holds the last. */
 export function mount(host, name, state, emit = () => {}) {
