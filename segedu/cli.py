@@ -35,7 +35,8 @@ MODELS = {"fcn": FCN, "unet": UNet, "segnet": SegNet, "segnet-basic": SegNetBasi
           "deeplab-v1": DeepLabV1, "deeplab-v2": DeepLabV2, "deeplab-v3": DeepLabV3,
           "deeplab-v3plus": DeepLabV3Plus, "pspnet": PSPNet, "gcn": GCN, "refinenet": RefineNet,
           "autodeeplab": AutoDeepLab}  # fmt: skip
-PRETRAINED = ("fcn", "refinenet", "pspnet", "gcn", "segnet", "dilation", "deeplab-v1", "deeplab-v2", "deeplab-v3", "deeplab-v3plus")
+PRETRAINED = ("fcn", "refinenet", "pspnet", "gcn", "segnet", "dilation", "deeplab-v1", "deeplab-v2", "deeplab-v3",
+              "deeplab-v3plus")  # fmt: skip
 DATA = {"toytown": Toytown, "camvid": CamVid}
 SMALL = {  # the others: width 1/8
     "fcn": {"stride": 8, "pad": 1, "width": 1 / 8},

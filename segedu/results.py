@@ -30,9 +30,15 @@ def seeds(chapter: str, name: str, data: str = "toytown", scale: str = "mini") -
 
 
 def gaps(runs: Sequence[dict], others: Sequence[dict], path: str = "scores.miou") -> list[float]:
-    """By how much `runs` are above `others`, for each seed that both have. `path` is that of `value`."""
-    theirs = {run["seed"]: value(run, path) for run in others}
-    return [value(run, path) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    """By how much `runs` are above `others`, for each seed that both have; of several runs of a seed, their means.
+
+    `path` is that of `value`.
+    """
+    ours, theirs = (
+        {seed: [value(run, path) for run in group if run["seed"] == seed] for seed in {run["seed"] for run in group}}
+        for group in (runs, others)
+    )
+    return [statistics.fmean(ours[seed]) - statistics.fmean(theirs[seed]) for seed in sorted(ours.keys() & theirs)]
 
 
 def verdict(runs: Sequence[dict], others: Sequence[dict], path: str = "scores.miou") -> str:

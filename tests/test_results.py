@@ -75,6 +75,8 @@ def test_verdict_by_hand():
         [(0, 0.5), (1, 0.4), (2, 0.3), (3, 0.9)], [(2, 0.2), (1, 0.5), (0, 0.2)],
     ))  # fmt: skip
     assert results.gaps(ours, theirs) == pytest.approx([0.3, -0.1, 0.1])
+    twice = [*theirs, {"seed": 2, "scores": {"miou": 0.6}}]  # their mean at seed 2 is 0.4
+    assert results.gaps(ours, twice) == pytest.approx([0.3, -0.1, -0.1])
     assert results.verdict(ours, theirs) == "ahead at 2 of 3 seeds, +0.100 ± 0.200"
     assert results.verdict(ours[:1], theirs) == "ahead at 1 of 1 seeds, +0.300"
     assert results.verdict(ours[3:], theirs) == "not run"
