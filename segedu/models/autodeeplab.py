@@ -288,14 +288,15 @@ class MixedCell(nn.Module):
         """edges: (map, beta) from the finer stride, the same, the coarser; alpha (edges of a cell, operators), softmaxed."""
         inputs = [squeeze(edge[0] if i < 2 else enlarged(edge[0], 2))
                   for i, (squeeze, edge) in enumerate(zip(self.edges, edges, strict=True)) if edge]  # fmt: skip
-        beta = torch.stack([edge[1] for edge in edges if edge])
+        beta = [edge[1] for edge in edges if edge]
         x = torch.cat(inputs)  # all edges in one batch
-        y = torch.zeros_like(x) if before is None else self.before(before).repeat(len(inputs), 1, 1, 1)
-        states = torch.stack([x, y], dim=1)
+        y = torch.zeros_like(x) if before is None else torch.cat([self.before(before)] * len(inputs))
+        states, found = torch.stack([x, y], dim=1), []
         for block, weights in zip(self.blocks, alpha.split([2 + i for i in range(len(self.blocks))]), strict=True):
-            states = torch.cat([states, block(states, weights)[:, None]], dim=1)
-        blocks = states[:, 2:].flatten(1, 2).unflatten(0, (len(inputs), -1))
-        return (beta @ blocks.flatten(1)).view(blocks.shape[1:])
+            found.append(block(states, weights))
+            states = torch.cat([states, found[-1][:, None]], dim=1)
+        blocks = torch.cat(found, dim=1).chunk(len(inputs))
+        return sum(weight * x for weight, x in zip(beta, blocks, strict=True))
 
 
 class MixedBlock(nn.Module):
@@ -312,8 +313,8 @@ class MixedBlock(nn.Module):
     def forward(self, states: Tensor, weights: Tensor) -> Tensor:
         x, total = states.flatten(1, 2), 0
         for op, column in zip(self.operators.values(), self.columns, strict=True):
-            total = total + weights[:, column] @ op(x).unflatten(1, states.shape[1:3]).flatten(2)
-        return total.view(states[:, 0].shape)
+            total = total + (weights[:, column, None, None, None] * op(x).unflatten(1, states.shape[1:3])).sum(1)
+        return total
 
 
 def operator(name: str, c: int, *, groups: int = 1, stride: int = 1) -> nn.Module:
